@@ -1,0 +1,1 @@
+"""kdjax: knowledge distillation for JAX."""
