@@ -1,0 +1,218 @@
+"""The Methods that the contract tests run, on one tiny MLP in each of its three forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from contracts import Case, Counter
+from flax import nnx
+
+import kdjax as kd
+from kdjax.core import Method, Model, Term
+
+CLASSES, WIDTH, ROWS = 5, 6, 16
+
+
+class LinenMLP(nn.Module):
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(nn.Dense(8, name="hidden")(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(CLASSES, name="classifier")(x)
+
+
+class NnxMLP(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(WIDTH, 8, rngs=rngs)
+        self.classifier = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.classifier(nnx.relu(self.hidden(x)))
+
+
+def plain() -> Model:
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        keys = jax.random.split(key)
+        shapes = ((x.shape[-1], 8), (8, CLASSES))
+        return {
+            f"w{i}": jax.random.normal(k, shape) / jnp.sqrt(shape[0])
+            for i, (k, shape) in enumerate(zip(keys, shapes, strict=True))
+        }, {}
+
+    def apply(params: Any, extra: Any, x: jax.Array, *, train: bool = False, key: Any = None):
+        hidden = jax.nn.relu(x @ params["w0"])
+        return {"logits": hidden @ params["w1"], "hidden": hidden}, extra
+
+    return Model(init, apply)
+
+
+def linen(**options: Any) -> Model:
+    return kd.from_linen(LinenMLP(), taps={"hidden": "hidden"}, **options)
+
+
+def from_nnx() -> Model:
+    return kd.from_nnx(lambda rngs: NnxMLP(rngs), taps={"hidden": "hidden"})
+
+
+STUDENTS: dict[str, Callable[[], Model]] = {"plain": plain, "linen": linen, "nnx": from_nnx}
+
+
+def counted(model: Model) -> tuple[Model, Counter]:
+    counter = Counter(model.apply)
+    return model._replace(apply=counter), counter
+
+
+def batch() -> dict[str, jax.Array]:
+    image = jax.random.normal(jax.random.key(3), (ROWS, WIDTH))
+    # Labelled rows fall unevenly over any even split of the batch.
+    label = jnp.array([0, 1, 2, 3, 4, 0, -1, 1, -1, -1, 2, -1, -1, -1, -1, 3])
+    return {"image": image, "label": label, "index": jnp.arange(ROWS, dtype=jnp.int32)}
+
+
+def distilled(student: Model, *, dropout: bool = False) -> Case:
+    """Hard and soft labels with a schedule; the temperature is the hyperparameter."""
+    student, student_calls = counted(student)
+    teacher, teacher_calls = counted(plain())
+
+    def make(temperature: Any) -> Method:
+        return kd.distill(
+            student,
+            teacher,
+            {
+                "hard": (0.3, kd.terms.hard_labels(smoothing=0.1)),
+                "soft": (
+                    optax.linear_schedule(1.0, 0.5, 10),
+                    kd.terms.soft_labels(temperature=temperature),
+                ),
+            },
+        )
+
+    data = batch()
+    return Case(
+        make,
+        data,
+        plain().init(jax.random.key(1), data["image"]),
+        counters={"student": student_calls, "teacher": teacher_calls},
+        partition_free=not dropout,
+    )
+
+
+def stored() -> Case:
+    """Teacher outputs that come with the batch."""
+    data = batch()
+    teacher = plain()
+    variables = teacher.init(jax.random.key(1), data["image"])
+    data["teacher_logits"] = teacher.apply(*variables, data["image"])[0]["logits"]
+    student, calls = counted(plain())
+
+    def make(weight: Any) -> Method:
+        terms = {"soft": (weight, kd.terms.soft_labels(temperature=2.0, standardize=True))}
+        return kd.distill(student, kd.from_batch(logits="teacher_logits"), terms)
+
+    return Case(make, data, counters={"student": calls})
+
+
+def ensembled() -> Case:
+    """Two teachers with annealed shares, decoupled KD for the labelled rows."""
+    data = batch()
+    student, calls = counted(plain())
+    teachers = [plain(), plain()]
+
+    def make(share: Any) -> Method:
+        teacher = kd.ensemble(teachers, weights=jnp.stack([jnp.float32(1.0), jnp.asarray(share)]))
+        dkd = kd.terms.matching(kd.losses.dkd, labels="label", alpha=1.0, beta=2.0)
+        return kd.distill(student, teacher, {"dkd": (1.0, dkd)})
+
+    frozen = [t.init(jax.random.key(i), data["image"]) for i, t in enumerate(teachers)]
+    return Case(make, data, frozen, counters={"student": calls})
+
+
+def augmented() -> Case:
+    """Noise drawn per example by its index, no teacher."""
+    student, calls = counted(plain())
+
+    def augment(key: jax.Array, batch: Any) -> Any:
+        def noise(i: jax.Array) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(key, i), (WIDTH,))
+
+        return {**batch, "image": batch["image"] + 0.1 * jax.vmap(noise)(batch["index"])}
+
+    def make(weight: Any) -> Method:
+        return kd.distill(
+            student, None, {"hard": (weight, kd.terms.hard_labels())}, augment=augment
+        )
+
+    return Case(make, batch(), counters={"student": calls})
+
+
+def coupled() -> Case:
+    """A loss of the whole batch, whose logarithm makes means of slices wrong."""
+
+    def loss(tparams, student_out, teacher_out, batch, *, step, key, axis_name):
+        total = ((student_out["hidden"] @ tparams["w"] - teacher_out["hidden"]) ** 4).sum()
+        return jnp.log(total if axis_name is None else jax.lax.psum(total, axis_name))
+
+    def init(key, student_out, teacher_out):
+        shape = student_out["hidden"].shape[-1], teacher_out["hidden"].shape[-1]
+        return {"w": jax.random.normal(key, shape) / jnp.sqrt(shape[0])}
+
+    student, calls = counted(plain())
+
+    def make(weight: Any) -> Method:
+        return kd.distill(student, plain(), {"log": (weight, Term(init, loss, coupled=True))})
+
+    data = batch()
+    frozen = plain().init(jax.random.key(1), data["image"])
+    return Case(make, data, frozen, coupled=True, counters={"student": calls})
+
+
+def self_distilled() -> Case:
+    """A Method written by hand: an EMA of the student labels a batch, all hooks in use."""
+    model = plain()
+    student, calls = counted(model)
+
+    def make(temperature: Any) -> Method:
+        def init(key, batch, frozen):
+            params, extra = student.init(key, batch["image"])
+            return {"student": params}, {"student": extra, "ema": jax.tree.map(jnp.copy, params)}
+
+        def prepare(params, extra, batch, frozen, *, step, key, axis_name):
+            outputs, _ = model.apply(extra["ema"], {}, batch["image"])
+            return {**batch, "target": kd.labels.soften(outputs["logits"], temperature=temperature)}
+
+        def parts(params, extra, batch, frozen, *, step, key, axis_name):
+            outputs, state = student.apply(
+                params["student"], extra["student"], batch["image"], train=True, key=key
+            )
+            losses = -(batch["target"] * jax.nn.log_softmax(outputs["logits"])).sum(-1)
+            weights = batch.get("weight", jnp.ones_like(losses))
+            found = {"self": kd.Part(1.0, (losses * weights).sum(), weights.sum())}
+            return found, ({**extra, "student": state}, {})
+
+        def after(params, extra, batch, frozen, *, step, key, axis_name):
+            ema = optax.incremental_update(params["student"], extra["ema"], 0.1)
+            return {**extra, "ema": ema}
+
+        return kd.from_parts(init, parts, prepare=prepare, after=after)
+
+    return Case(make, batch(), counters={"student": calls})
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "distill_plain": lambda: distilled(plain()),
+    "distill_linen": lambda: distilled(linen()),
+    "distill_nnx": lambda: distilled(from_nnx()),
+    "distill_dropout": lambda: distilled(kd.from_linen(LinenMLP(dropout=0.5)), dropout=True),
+    "stored": stored,
+    "ensemble": ensembled,
+    "augmented": augmented,
+    "coupled": coupled,
+    "self_distilled": self_distilled,
+}
