@@ -1,0 +1,95 @@
+"""Small reference vision networks in Flax Linen, without weights.
+
+All take ``num_classes`` first, are called with ``(x, train=False)`` and return logits. Names of
+submodules are the same in every family, so that taps are obvious:
+
+- ``stem``: what comes before the first stage;
+- ``stage1``, ``stage2``, ... with ``stage1/block0``, ``stage1/block1``, ... inside;
+- ``pool``: the features that the classifier reads, [B, D];
+- ``classifier``: the last linear layer.
+
+Parameters are float32; mixed precision is the adapter's ``dtype`` argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import flax.linen as nn
+
+from kdjax.models.convnet import ConvNet
+from kdjax.models.mlp import MLP
+from kdjax.models.resnet import (
+    ResNet,
+    cifar_resnet,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet56,
+    resnet110,
+)
+from kdjax.models.vit import ViT
+from kdjax.models.wide_resnet import (
+    PreActResNet,
+    preact_resnet18,
+    wrn,
+    wrn_16_1,
+    wrn_16_2,
+    wrn_40_1,
+    wrn_40_2,
+)
+
+# The names the command line accepts.
+BY_NAME: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
+    {
+        "mlp": MLP,
+        "mlp_small": lambda num_classes: MLP(num_classes, features=(32,)),
+        "convnet": ConvNet,
+        "convnet_small": lambda num_classes: ConvNet(num_classes, widths=(8, 16)),
+        "resnet8": resnet8,
+        "resnet14": resnet14,
+        "resnet20": resnet20,
+        "resnet32": resnet32,
+        "resnet56": resnet56,
+        "resnet110": resnet110,
+        "resnet8x4": resnet8x4,
+        "resnet32x4": resnet32x4,
+        "resnet18": resnet18,
+        "preact_resnet18": preact_resnet18,
+        "wrn_16_1": wrn_16_1,
+        "wrn_16_2": wrn_16_2,
+        "wrn_40_1": wrn_40_1,
+        "wrn_40_2": wrn_40_2,
+        "vit": ViT,
+    }
+)
+
+__all__ = [
+    "BY_NAME",
+    "MLP",
+    "ConvNet",
+    "PreActResNet",
+    "ResNet",
+    "ViT",
+    "cifar_resnet",
+    "preact_resnet18",
+    "resnet8",
+    "resnet8x4",
+    "resnet14",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
+    "resnet56",
+    "resnet110",
+    "wrn",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
+]
