@@ -1,0 +1,54 @@
+"""The public surface: documented, typed, with keyword-only options and explicit keys."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import kdjax as kd
+
+ROOMS = (
+    "core", "adapters", "augment", "data", "labels", "losses", "metrics", "parallel", "schedules",
+    "terms", "train",
+)  # fmt: skip
+
+
+def public(room):
+    module = getattr(kd, room)
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+        ]
+    return [(f"{room}.{name}", getattr(module, name)) for name in names]
+
+
+EVERYTHING = [pair for room in ROOMS for pair in public(room) if callable(pair[1])]
+FUNCTIONS = [(name, value) for name, value in EVERYTHING if inspect.isfunction(value)]
+
+
+@pytest.mark.parametrize(("name", "value"), EVERYTHING, ids=[n for n, _ in EVERYTHING])
+def test_has_a_docstring(name, value):
+    text = inspect.getdoc(value) or ""
+    assert len(text) > 20, f"{name} has no docstring"
+    assert text.split("\n")[0].rstrip().endswith((".", ":", "``")), f"{name}: first line"
+
+
+@pytest.mark.parametrize(("name", "value"), FUNCTIONS, ids=[n for n, _ in FUNCTIONS])
+def test_arguments(name, value):
+    parameters = inspect.signature(value).parameters.values()
+    for parameter in parameters:
+        assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter.name}"
+        assert parameter.name not in ("rng", "prng", "seed_key"), f"{name}: call it key"
+        optional = parameter.default not in (inspect.Parameter.empty, None)
+        if optional and parameter.name not in ("axis_name", "train"):
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, (
+                f"{name}: the option {parameter.name} must be keyword-only"
+            )
+    documented = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    text = inspect.getdoc(value) or ""
+    for parameter in documented:
+        assert parameter.name in text, f"{name}: {parameter.name} is not documented"
