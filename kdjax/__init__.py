@@ -60,9 +60,7 @@ _HOMES = {
         ),
         "core",
     ),
-    **dict.fromkeys(
-        ("from_fn", "from_linen", "from_nnx", "load_nnx", "nnx_variables"), "adapters"
-    ),
+    **dict.fromkeys(("from_fn", "from_linen", "from_nnx", "load_nnx", "nnx_variables"), "adapters"),
 }
 _ROOMS = (
     "adapters",

@@ -61,8 +61,7 @@ def same_shape(name: str, x: Any, other_name: str, other: Any) -> None:
     """Refuses two arrays of different shapes: nothing broadcasts silently."""
     if x.shape != other.shape:
         raise ValueError(
-            f"{name} must have shape {tuple(other.shape)} like {other_name}, "
-            f"got {tuple(x.shape)}."
+            f"{name} must have shape {tuple(other.shape)} like {other_name}, got {tuple(x.shape)}."
         )
 
 
@@ -151,7 +150,9 @@ def entry(name: str, mapping: Mapping[str, Any], key: str, hint: str = "") -> An
     """``mapping[key]``, or a sentence that lists what there is."""
     if key not in mapping:
         there = ", ".join(sorted(map(str, mapping))) or "nothing"
-        raise ValueError(f"{name} has no entry {key!r}; it has {there}.{' ' + hint if hint else ''}")
+        raise ValueError(
+            f"{name} has no entry {key!r}; it has {there}.{' ' + hint if hint else ''}"
+        )
     return mapping[key]
 
 
@@ -162,9 +163,7 @@ def _check_ndim(name: str, x: jax.Array, ndim: int | None, min_ndim: int) -> Non
         raise ValueError(f"{name} must have at least {min_ndim} dimensions, got {describe(x)}.")
 
 
-def _bounds(
-    low: float | None, high: float | None, above: float | None, below: float | None
-) -> str:
+def _bounds(low: float | None, high: float | None, above: float | None, below: float | None) -> str:
     parts = [
         f"{word} {bound:g}"
         for word, bound in (

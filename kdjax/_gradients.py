@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kdjax import _checks, _mesh_axis
+from kdjax import _mesh_axis
 from kdjax._pairs import Batch, Method, Part, State, Tree, ratio
 
 
@@ -164,9 +164,7 @@ def _prepare(
 ) -> Batch:
     if method.prepare is None:
         return batch
-    return jax.lax.stop_gradient(
-        method.prepare(params, extra, batch, frozen, key=key, **keywords)
-    )
+    return jax.lax.stop_gradient(method.prepare(params, extra, batch, frozen, key=key, **keywords))
 
 
 def _sum(tree: Tree, axis_name: str | None) -> Tree:

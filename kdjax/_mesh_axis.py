@@ -32,9 +32,7 @@ def varies(x: Any, axis_name: str) -> bool:
 def vary(tree: Tree, axis_name: str) -> Tree:
     """Marks every leaf as varying; values stay."""
     return jax.tree.map(
-        lambda x: (
-            x if varies(x, axis_name) else jax.lax.pcast(x, axis_name, to="varying")
-        ),
+        lambda x: x if varies(x, axis_name) else jax.lax.pcast(x, axis_name, to="varying"),
         tree,
     )
 

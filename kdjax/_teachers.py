@@ -138,13 +138,12 @@ def variables(frozen: Tree) -> tuple[Tree, Tree]:
 def teach(teacher: Model, frozen: Tree, batch: Batch) -> Outputs:
     """The teacher's outputs in evaluation mode, without gradients."""
     if teacher.inputs is whole_batch:
-        params, extra = {}, {}
-    elif frozen is None:
+        frozen = ({}, {})
+    if frozen is None:
         raise ValueError(
             "frozen is missing: the method has a teacher, so pass its variables as frozen=."
         )
-    else:
-        params, extra = variables(frozen)
+    params, extra = variables(frozen)
     try:
         outputs, _ = teacher.apply(params, extra, teacher.read(batch), train=False, key=None)
     except Exception:
@@ -177,17 +176,13 @@ def check_variables(teacher: Model, frozen: Tree, batch: Batch) -> None:
                 )
         surplus = sorted(set(got_leaves) - set(want_leaves))
         if surplus and name == "params":
-            raise ValueError(
-                f"frozen does not fit the teacher: it knows no {name} {surplus[0]}."
-            )
+            raise ValueError(f"frozen does not fit the teacher: it knows no {name} {surplus[0]}.")
 
 
 def _check_number(params: Tree, wanted: int) -> None:
     if not isinstance(params, list) or len(params) != wanted:
         got = len(params) if isinstance(params, list) else _checks.describe(params)
-        raise ValueError(
-            f"frozen must be a list of the variables of {wanted} teachers, got {got}."
-        )
+        raise ValueError(f"frozen must be a list of the variables of {wanted} teachers, got {got}.")
 
 
 def _by_path(tree: Tree) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def minimize(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(key: jax.Array, batch: Batch, frozen: Tree = None) -> State:
-        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        if not jnp.issubdtype(getattr(key, "dtype", jnp.float32), jax.dtypes.prng_key):
             raise TypeError(
                 f"key must be a typed key such as jax.random.key(0), got {_checks.describe(key)}."
             )
@@ -259,7 +259,11 @@ def minimize(
         moves, opt = optimizer.update(
             found.grads, state.opt, state.params, value=found.loss, grad=found.grads
         )
-        params, extra, metrics = optax.apply_updates(state.params, moves), found.extra, found.metrics
+        params, extra, metrics = (
+            optax.apply_updates(state.params, moves),
+            found.extra,
+            found.metrics,
+        )
         if method.after is not None:
             extra = method.after(
                 params,

@@ -28,9 +28,7 @@ def at(value: Any, step: jax.Array) -> Any:
     return value(step) if callable(value) else value
 
 
-def hard_labels(
-    *, smoothing: Number = 0.0, label: str = "label", logits: str = "logits"
-) -> Term:
+def hard_labels(*, smoothing: Number = 0.0, label: str = "label", logits: str = "logits") -> Term:
     """Cross-entropy with the true labels; unlabelled rows (label -1) don't count.
 
     Args:

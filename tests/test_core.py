@@ -152,7 +152,7 @@ def test_batch_norm_moves_once_per_update():
 
     method = kd.distill(kd.from_linen(Net()), plain(), SOFT)
     frozen, data = teacher_variables(), batch()
-    state, (after, _) = one_update(method, frozen)
+    _, (after, _) = one_update(method, frozen)
     mean = after.extra["student"]["batch_stats"]["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, 0.1 * data["image"].mean(0), rtol=1e-4, atol=1e-7)
 
@@ -199,7 +199,7 @@ def test_models_may_read_different_entries():
     teacher = plain()._replace(inputs="other")
     student = plain()._replace(inputs=lambda batch: batch["image"] * 0)
     method = kd.distill(student, teacher, SOFT)
-    _, (after, metrics) = one_update(method, teacher_variables(), data)
+    _, (_, metrics) = one_update(method, teacher_variables(), data)
     assert float(metrics["loss"]) > 0
 
 
@@ -257,7 +257,9 @@ class TestMistakes:
     def test_frozen_of_another_width(self):
         method = kd.distill(plain(), plain(), SOFT)
         wide = plain().init(jax.random.key(0), jnp.ones((2, 9)))
-        with pytest.raises(ValueError, match=r"frozen .* w0 must have shape \(6, 8\), got \(9, 8\)"):
+        with pytest.raises(
+            ValueError, match=r"frozen .* w0 must have shape \(6, 8\), got \(9, 8\)"
+        ):
             one_update(method, wide)
 
     def test_frozen_replaced_later(self):

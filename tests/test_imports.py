@@ -21,7 +21,7 @@ ALLOWED = {
     **{leaf: {"_checks"} for leaf in LEAVES},
     "attacks": LEAVES | {"_checks"},
     "kernels": LEAVES | {"_checks"},
-    **{part: CORE | BELOW_CORE for part in CORE},
+    **dict.fromkeys(CORE, CORE | BELOW_CORE),
     "terms": CORE | BELOW_CORE,
     "adapters": CORE | BELOW_CORE | {"terms"},
     "models": CORE | BELOW_CORE | {"terms", "adapters"},
