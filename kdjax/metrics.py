@@ -94,7 +94,8 @@ def top_k_accuracy(
     k = _checks.count("k", k, high=z.shape[-1])
     labels, counted = _counted(labels, z, where)
     at_label = _at_label(z, labels)[..., None]
-    before = jnp.arange(z.shape[-1]) < labels[..., None]
+    classes = jax.lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
+    before = classes < labels[..., None]
     rank = jnp.sum((z > at_label) | ((z == at_label) & before), axis=-1)
     hit = (rank < k) & ~jnp.any(jnp.isnan(z), axis=-1)
     return _mean(hit, counted, labels, z.shape[-1])
@@ -207,7 +208,7 @@ def brier_score(
         Review 1950, equation 2.
     """
     p, labels, counted = _probabilities(probs, labels, where)
-    hot = jnp.arange(p.shape[-1]) == labels[..., None]
+    hot = jax.lax.broadcasted_iota(labels.dtype, p.shape, p.ndim - 1) == labels[..., None]
     return _mean(jnp.sum((p - hot) ** 2, axis=-1), counted, labels, p.shape[-1])
 
 
