@@ -138,7 +138,8 @@ def _fill(buffer: _Buffer, batches: Iterable[Any], sharding: Any) -> None:
 
 def _place(batch: Any, sharding: Any) -> Any:
     if sharding is None:
-        return jax.device_put(batch)
+        # What is on devices already stays there: it may span several processes.
+        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), batch)
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a dict of arrays, got {_checks.describe(batch)}.")
     return {
