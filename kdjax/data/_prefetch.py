@@ -42,7 +42,7 @@ class Prefetch(Iterator[Any]):
         self.close()
 
 
-def prefetch(batches: Iterable[Any], size: int = 2, sharding: Any = None) -> Prefetch:
+def prefetch(batches: Iterable[Any], *, size: int = 2, sharding: Any = None) -> Prefetch:
     """Reads batches and moves them to the device in a background thread, in order.
 
     An error while reading is raised where its batch would have come. The thread ends with the

@@ -109,7 +109,7 @@ def shard_map_update(
     """The update under ``jax.shard_map``: each device runs it on its own rows.
 
     Batch normalisation and dropout differ from one device's: statistics are those of each device's
-    rows, and masks repeat on each device. Everything else is the same.
+    rows, and each device draws its own masks. Everything else is the same.
 
     Args:
       learner: made with ``kdjax.minimize(..., axis_name="data")``, the axis of the mesh.
