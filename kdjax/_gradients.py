@@ -92,6 +92,8 @@ def sliced(
 
     def gradient(carry: tuple[Tree, Tree], x: Any) -> tuple[tuple[Tree, Tree], Any]:
         extra, grads = carry
+        if unroll:
+            x = (x[0], _after(x[1], grads))
 
         def share(params: Tree) -> tuple[jax.Array, Any]:
             found, extra_out, tracked, used = parts(params, extra, x)
@@ -165,6 +167,22 @@ def _prepare(
     if method.prepare is None:
         return batch
     return jax.lax.stop_gradient(method.prepare(params, extra, batch, frozen, key=key, **keywords))
+
+
+def _after(tree: Tree, earlier: Tree) -> Tree:
+    """``tree``, unchanged, but not before ``earlier`` is there.
+
+    Unrolled slices are otherwise computed side by side, in the memory of the whole batch: the
+    compiler drops `jax.lax.optimization_barrier` before it schedules.
+    """
+    last = sum(jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(earlier))
+    never = last < -jnp.inf
+
+    def wait(x: jax.Array) -> jax.Array:
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return x if is_key else jnp.where(never, jnp.zeros_like(x), x)
+
+    return jax.tree.map(wait, tree)
 
 
 def _sum(tree: Tree, axis_name: str | None) -> Tree:

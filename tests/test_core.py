@@ -239,6 +239,30 @@ def test_counting_pass_costs_no_forward_pass():
     assert sliced.as_text().count(" dot(") <= 2 * (2 + 2 + 3)
 
 
+def test_microbatches_save_memory():
+    """Also unrolled, where the compiler would gladly compute all slices side by side."""
+
+    def init(key, x):
+        return {"w": jax.random.normal(key, (x.shape[-1], 5))}
+
+    def wide(params, x):
+        for _ in range(4):
+            x = jnp.tanh(jnp.sin(x) @ jnp.ones((x.shape[-1], x.shape[-1])))
+        return x @ params["w"]
+
+    student = kd.from_fn(init, lambda params, x: wide(params, x * params["w"].sum()))
+    method = kd.distill(student, None, {"hard": (1.0, kd.terms.hard_labels())})
+    data = {"image": jnp.ones((512, 128)), "label": jnp.arange(512) % 5}
+
+    def temporaries(microbatches):
+        learner = kd.minimize(method, optax.sgd(0.1), microbatches=microbatches, unroll=True)
+        state = learner.init(jax.random.key(0), data)
+        compiled = jax.jit(learner.update).lower(state, data).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4) < 0.6 * temporaries(1)
+
+
 class TestMistakes:
     def test_frozen_missing(self):
         method = kd.distill(plain(), plain(), SOFT)
