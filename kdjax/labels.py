@@ -106,8 +106,9 @@ def smooth(labels: ArrayLike, num_classes: int, *, smoothing: ArrayLike) -> jax.
             )
     dtype = jnp.promote_types(getattr(smoothing, "dtype", jnp.float32), jnp.float32)
     share = jnp.asarray(_checks.number("smoothing", smoothing, low=0, high=1), dtype)
-    labels = labels.astype(jnp.int32)[..., None]
-    rows = jnp.where(labels == jnp.arange(num_classes), 1 - share, 0) + share / num_classes
+    labels = labels.astype(jnp.int32)
+    rows = (1 - share) * jax.nn.one_hot(labels, num_classes, dtype=dtype) + share / num_classes
+    labels = labels[..., None]
     rows = jnp.where((labels < -1) | (labels >= num_classes), jnp.nan, rows)
     return jax.lax.stop_gradient(jnp.where(labels == -1, 0, rows))
 

@@ -1,0 +1,31 @@
+"""Distillation losses: pure functions of arrays, one value per example.
+
+Every loss takes the student first, then the teacher (which gets no gradient), then keyword-only
+options; computes in at least float32; leaves out examples by ``where=``; and reduces nothing but
+the class axis, unless its docstring calls it batch-coupled.
+"""
+
+from kdjax.losses._decoupled import dkd, nkd
+from kdjax.losses._dist import dist
+from kdjax.losses._logits import (
+    generalized_jensen_shannon,
+    hard_label_cross_entropy,
+    logit_mse,
+    reverse_kl,
+    soft_cross_entropy,
+    soft_label_kl,
+    standardize_logits,
+)
+
+__all__ = [
+    "dist",
+    "dkd",
+    "generalized_jensen_shannon",
+    "hard_label_cross_entropy",
+    "logit_mse",
+    "nkd",
+    "reverse_kl",
+    "soft_cross_entropy",
+    "soft_label_kl",
+    "standardize_logits",
+]
