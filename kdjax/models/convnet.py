@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -28,7 +29,8 @@ class ConvNet(nn.Module):
 
     Args:
         num_classes: Width of the logits, at least 1.
-        widths: Channels of the stem and of each stage.
+        widths: Channels of the stem and of each stage. By default 32, 64, then 128 for as many
+            stages as halve the image to two pixels, so that the last one sees all of it.
 
     Returns:
         Called as ``module.apply(variables, x, train=False)`` with x [B, H, W, C]:
@@ -45,15 +47,21 @@ class ConvNet(nn.Module):
     """
 
     num_classes: int
-    widths: Sequence[int] = (32, 64, 128)
+    widths: Sequence[int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = images(x)
-        if not self.widths:
+        widths = _widths(max(x.shape[1:3])) if self.widths is None else self.widths
+        if not widths:
             raise ValueError("widths must name at least the stem's channels, got none.")
-        x = ConvNormRelu(self.widths[0], name="stem")(x, train)
-        for i, features in enumerate(self.widths[1:], start=1):
+        x = ConvNormRelu(widths[0], name="stem")(x, train)
+        for i, features in enumerate(widths[1:], start=1):
             x = _Stage(features, name=f"stage{i}")(x, train)
         x = GlobalAveragePool(name="pool")(x)
         return dense(self.num_classes, name="classifier")(x)
+
+
+def _widths(size: int) -> tuple[int, ...]:
+    stages = max(2, math.ceil(math.log2(size)) - 1)
+    return (32, 64, *(128,) * (stages - 1))
