@@ -1,0 +1,102 @@
+"""Which command, with which options."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import tyro
+
+import kdjax
+from kdjax.cli import _distill, _evaluate, _options
+
+_HELP = f"""\
+kdjax {kdjax.__version__}: knowledge distillation for JAX
+
+  kdjax distill          train a teacher and a student, and show what the teacher was worth
+                         (start here: without options it runs on real digits)
+  kdjax evaluate         test a trained model
+  kdjax predict-labels   store a teacher's outputs on disk, to distil without running it
+
+Each has a --help of its own. From a first run to a store of soft labels:
+
+  kdjax distill --out runs/first
+  kdjax evaluate runs/first/distilled/seed-0
+  kdjax predict-labels runs/first/teacher --out labels
+  kdjax distill --teacher-labels labels
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command they name.
+
+    Args:
+      arguments: without the program's name.
+
+    Returns:
+      The exit code.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(kdjax.__version__)
+        return 0
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        raise ValueError(f"the command must be one of {', '.join(_COMMANDS)}; got {command!r}.")
+    return _COMMANDS[command](rest)
+
+
+def _run_distill(arguments: Sequence[str]) -> int:
+    options = _parse(_options.Distill, "distill", arguments)
+    out = _distill.out_folder(options.run)
+    known = _distill.remembered(out) if options.run.resume else None
+    if known is not None:
+        # What was typed now wins, so that a contradiction is seen and answered.
+        options = _parse(_options.Distill, "distill", arguments, known)
+    return _distill.run(options, out)
+
+
+def _run_evaluate(arguments: Sequence[str]) -> int:
+    return _evaluate.evaluate(_parse(_options.Evaluate, "evaluate", arguments))
+
+
+def _run_predict_labels(arguments: Sequence[str]) -> int:
+    options = _parse(_options.PredictLabels, "predict-labels", arguments)
+    return _evaluate.predict_labels(options)
+
+
+def _parse(options: Any, command: str, arguments: Sequence[str], *default: Any) -> Any:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                args=list(arguments),
+                prog=f"kdjax {command}",
+                config=(tyro.conf.OmitArgPrefixes,),
+                **({"default": default[0]} if default else {}),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise ValueError(_unboxed(said.getvalue()) or f"see kdjax {command} --help")
+
+
+def _unboxed(text: str) -> str:
+    """The words of an error that tyro draws a box around, which takes many lines."""
+    lines = (line.strip("│ ") for line in text.splitlines())
+    return " ".join(line for line in lines if line and line[0] not in "╭╰─")
+
+
+_COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
+    {
+        "distill": _run_distill,
+        "evaluate": _run_evaluate,
+        "predict-labels": _run_predict_labels,
+    }
+)

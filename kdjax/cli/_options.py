@@ -1,0 +1,176 @@
+"""The options of the commands, as dataclasses whose comments are the help.
+
+Nothing in here imports jax: options are known before it starts, and --help is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+def _of(metavar: str) -> Any:
+    """How an option without a default is shown: its comment says what it does when left out."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+_Flag = (tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint=""))
+Folder = Annotated[str | None, _of("FOLDER")]
+Count = Annotated[int | None, _of("INT")]
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Source = Annotated[str, tyro.conf.arg(metavar="DATA")]
+Augmentation = Annotated[str | None, _of("NAME")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the examples come from, and how many labels are used."""
+
+    data: Source = "digits"
+    """digits (embedded in scikit-learn), PATH.npz (x_train, y_train, x_test, y_test), or
+    tfds:NAME (TensorFlow Datasets, prepared on disk)."""
+    data_dir: Folder = None
+    """Where tfds data lie; by default where TensorFlow Datasets puts them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Few labels (semi-supervised): the other examples show the teacher's answers only."""
+
+    labels_per_class: Count = None
+    """Labels kept in each class; default all."""
+    label_seed: int = 0
+    """Which labels those are."""
+    teacher_sees: Literal["few", "all"] = "few"
+    """Whether the teacher has the same few labels, or all of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The model that is imitated: trained first, or given."""
+
+    teacher: Folder = None
+    """Run folder of a trained teacher, such as runs/distill-1/teacher; default: train one."""
+    teacher_labels: Folder = None
+    """Folder of stored outputs from `kdjax predict-labels`; no teacher is run."""
+    teacher_model: Name = "convnet"
+    """Its network:
+    mlp, mlp_small, convnet, convnet_small, vit,
+    resnet8, resnet14, resnet20, resnet32, resnet56,
+    resnet110, resnet8x4, resnet32x4, resnet18,
+    preact_resnet18, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2."""
+    teacher_steps: int = 500
+    """Updates of the teacher."""
+    teacher_learning_rate: float = 0.003
+    """Peak learning rate of the teacher (AdamW, cosine decay)."""
+    teacher_augmentation: Augmentation = None
+    """Of its images while it is trained; default affine_wide up to 16 pixels, else none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student:
+    """The model that is trained, alone and distilled, with one budget."""
+
+    student_model: Name = "mlp_small"
+    """Its network: one of the same."""
+    temperature: float = 4.0
+    """T of the soft labels, above 0: larger shows more of the small probabilities."""
+    hard: float = 0.1
+    """Weight of the true labels when distilling."""
+    soft: float = 0.9
+    """Weight of the teacher: soft * T^2 KL(teacher at T || student at T)."""
+    steps: int = 1500
+    """Updates of each student."""
+    batch_size: int = 64
+    """Examples in each update, over all devices."""
+    learning_rate: float = 0.03
+    """Peak learning rate of the students (AdamW, cosine decay)."""
+    augmentation: Augmentation = None
+    """Of the students' images; default affine up to 16 pixels, else none.
+    affine: up to 5 degrees of rotation, 5 % of shift and zoom.
+    affine_wide: up to 10 degrees, 10 %.
+    crop_flip: up to 4 pixels of shift, mirror images.
+    none: as they are."""
+    seeds: int = 5
+    """Students trained in each way, from seeds 0, 1, ...; one gives no standard errors."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where it runs and what it leaves."""
+
+    devices: int = 1
+    """Devices that each batch is split over. A CPU can pretend to be several."""
+    out: Folder = None
+    """For checkpoints, curves.png and report.json; default a new runs/distill-N."""
+    resume: Annotated[bool, *_Flag] = False
+    """Go on with the run in --out (by default the newest runs/distill-N), also after a kill.
+    Its options are remembered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Distil a teacher into a small student and compare it with the same student trained alone.
+
+    First a teacher is trained; then, from each seed, the student on the labels alone (the control)
+    and the student on labels and teacher together. The last word is a table on the test split.
+
+      kdjax distill                              real digits, under 90 s on two cores
+      kdjax distill --labels-per-class 10        ten labels in each class for all, teacher too
+      kdjax distill --labels-per-class 10 --teacher-sees all
+      kdjax distill --data mnist.npz --student-model mlp --temperature 2 --out runs/mnist
+      kdjax distill --resume --out runs/mnist    go on after Ctrl-C or a kill
+    """
+
+    data: Data = Data()
+    labels: Labels = Labels()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    run: Run = Run()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Test a trained model: accuracy, calibration, robustness, size and speed.
+
+    kdjax evaluate runs/distill-1/distilled/seed-0
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """Run folder of a teacher or student."""
+    data: Annotated[str | None, _of("DATA")] = None
+    """digits, PATH.npz or tfds:NAME; default what it was trained on."""
+    data_dir: Folder = None
+    """Folder of prepared tfds data."""
+    split: Name = "test"
+    """train, validation or test."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictLabels:
+    """Run a teacher once over a split and store its outputs, for `distill --teacher-labels`.
+
+    An interrupted call continues where it stopped when it is repeated.
+
+      kdjax predict-labels runs/distill-1/teacher --out labels --dtype float16
+      kdjax distill --teacher-labels labels
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """Run folder of the teacher."""
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+    """Folder to be made."""
+    data: Annotated[str | None, _of("DATA")] = None
+    """digits, PATH.npz or tfds:NAME; default what it was trained on."""
+    data_dir: Folder = None
+    """Folder of prepared tfds data."""
+    split: Name = "train"
+    """train, validation or test."""
+    top_k: Count = None
+    """Store only the k largest probabilities and the rest of the mass; default all logits."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision on disk."""
+    temperature: float = 1.0
+    """T of the probabilities of --top-k; distil at the same one."""
