@@ -69,8 +69,12 @@ def sliced(
     """The same gradient from slices of the batch: first all counts, then sums over them.
 
     Each slice is divided by the count of the whole batch, so that masks and unlabelled rows that
-    fall unevenly over the slices change nothing.
+    fall unevenly over the slices change nothing. ``prepare`` runs on the whole batch, as its draws
+    may belong to the batch.
     """
+    prepare_key, loss_key = jax.random.split(key)
+    keywords = {"step": state.step, "axis_name": axis_name}
+    batch = _prepare(method, state.params, state.extra, batch, frozen, prepare_key, keywords)
     params, extra = state.params, state.extra
     if axis_name is not None and _mesh_axis.tracks(axis_name):
         # Gradients stay per device until the one psum at the end, instead of one for each slice.
@@ -79,10 +83,12 @@ def sliced(
     steps = slices if unroll else 1
 
     def parts(params: Tree, extra: Tree, x: Any) -> Any:
-        return _parts_of_slice(method, params, extra, x, frozen, state.step, key, axis_name)
+        number, part = x
+        slice_key = jax.random.fold_in(loss_key, number)
+        return _parts_of_slice(method, params, extra, part, frozen, slice_key, keywords)
 
     def count(carry: None, x: Any) -> tuple[None, Any]:
-        found, _, tracked, _ = parts(params, extra, x)
+        found, _, tracked = parts(params, extra, x)
         return carry, jax.tree.map(
             lambda part: part.count, (found, tracked), is_leaf=lambda x: isinstance(x, Part)
         )
@@ -96,7 +102,7 @@ def sliced(
             x = (x[0], _after(x[1], grads))
 
         def share(params: Tree) -> tuple[jax.Array, Any]:
-            found, extra_out, tracked, used = parts(params, extra, x)
+            found, extra_out, tracked = parts(params, extra, x)
             values = {name: ratio(part.sum, counts[name]) for name, part in found.items()}
             watched = {
                 name: ratio(part.sum, tracked_counts[name], empty=jnp.nan)
@@ -104,45 +110,39 @@ def sliced(
             }
             loss = weighted_sum({name: part.weight for name, part in found.items()}, values)
             metrics = {"loss": loss, **{f"loss/{k}": v for k, v in values.items()}, **watched}
-            return loss, (extra_out, metrics, used)
+            return loss, (extra_out, metrics)
 
-        more, (extra, metrics, used) = jax.grad(share, has_aux=True)(params)
+        more, (extra, metrics) = jax.grad(share, has_aux=True)(params)
         if axis_name is not None and _mesh_axis.tracks(axis_name):
             extra, metrics = _mesh_axis.vary((extra, metrics), axis_name)
-        return (extra, jax.tree.map(jnp.add, grads, more)), (metrics, used)
+        return (extra, jax.tree.map(jnp.add, grads, more)), metrics
 
     start = (extra, jax.tree.map(jnp.zeros_like, params))
-    (extra, grads), (metrics, used) = jax.lax.scan(gradient, start, xs, unroll=steps)
+    (extra, grads), metrics = jax.lax.scan(gradient, start, xs, unroll=steps)
     if axis_name is not None:
         grads = jax.lax.psum(grads, axis_name)
     metrics = _sum(metrics, axis_name)
-    return Gradient(grads, metrics["loss"], extra, metrics, jax.tree.map(_join, used))
+    return Gradient(grads, metrics["loss"], extra, metrics, batch)
 
 
 def _parts_of_slice(
     method: Method,
     params: Tree,
     extra: Tree,
-    x: tuple[jax.Array, Batch],
+    batch: Batch,
     frozen: Tree,
-    step: jax.Array,
     key: jax.Array,
-    axis_name: str | None,
-) -> tuple[dict[str, Part], Tree, dict[str, Part], Batch]:
-    number, batch = x
-    keywords = {"step": step, "axis_name": axis_name}
-    prepare_key, loss_key = jax.random.split(key)
-    # What is drawn per example comes from its index, alike in every slicing; dropout does not.
-    loss_key = jax.random.fold_in(loss_key, number)
-    batch = _prepare(method, params, extra, batch, frozen, prepare_key, keywords)
+    keywords: dict[str, Any],
+) -> tuple[dict[str, Part], Tree, dict[str, Part]]:
     assert method.parts is not None
-    found, (extra, tracked) = method.parts(params, extra, batch, frozen, key=loss_key, **keywords)
+    found, (extra, tracked) = method.parts(params, extra, batch, frozen, key=key, **keywords)
     for name, part in found.items():
         if part.count is None:
             raise ValueError(
                 f"microbatches must be 1 with the term {name!r}, which couples the examples of a "
                 "batch: its value on slices is not its value on the batch."
             )
+    # Counts as arrays, whether they were known or not, so that they add up in a loop.
     as_arrays = {
         name: part._replace(count=jax.lax.stop_gradient(jnp.asarray(part.count, jnp.float32)))
         for name, part in (found | tracked).items()
@@ -151,7 +151,6 @@ def _parts_of_slice(
         {name: as_arrays[name] for name in found},
         extra,
         {name: as_arrays[name] for name in tracked},
-        batch,
     )
 
 
@@ -175,8 +174,8 @@ def _after(tree: Tree, earlier: Tree) -> Tree:
     Unrolled slices are otherwise computed side by side, in the memory of the whole batch: the
     compiler drops `jax.lax.optimization_barrier` before it schedules.
     """
-    last = sum(jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(earlier))
-    never = last < -jnp.inf
+    leaves = [jnp.ravel(x) for x in jax.tree.leaves(earlier) if x.size]
+    never = jnp.asarray(sum(x[0].astype(jnp.float32) for x in leaves)) < -jnp.inf
 
     def wait(x: jax.Array) -> jax.Array:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -200,7 +199,3 @@ def _slice(x: Any, slices: int) -> jax.Array:
         )
     # Slice m takes rows m::slices, so that a batch sharded over devices stays where it is.
     return x.reshape(x.shape[0] // slices, slices, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(x: jax.Array) -> jax.Array:
-    return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])

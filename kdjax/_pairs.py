@@ -32,11 +32,25 @@ class Model(NamedTuple):
     inputs: str | Callable[[Batch], Any] = "image"
 
     def read(self, batch: Batch) -> Any:
-        """The model's inputs, taken from a batch."""
+        """The model's inputs, taken from a batch.
+
+        Raises:
+          TypeError: the batch is no dict, or its ``image`` is uint8: models take scaled images.
+          ValueError: there is no such entry.
+        """
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"batch must be a dict of arrays, got {_checks.describe(batch)}.")
         if callable(self.inputs):
             return self.inputs(batch)
         hint = "Pass inputs= to the adapter to read another entry."
-        return _checks.entry("batch", batch, self.inputs, hint)
+        found = _checks.entry("batch", batch, self.inputs, hint)
+        if self.inputs == "image" and getattr(found, "dtype", None) == jnp.uint8:
+            raise TypeError(
+                "batch['image'] must be floating, got uint8: scale it in the step with "
+                "augment=kdjax.augment.compose(kdjax.augment.to_float), or, if the model does so "
+                "itself, pass inputs=lambda batch: batch['image'] to the adapter."
+            )
+        return found
 
 
 class Term(NamedTuple):

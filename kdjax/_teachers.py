@@ -82,10 +82,18 @@ def ensemble(
     models = tuple(models)
     if not models:
         raise ValueError("models must hold at least one teacher, got none.")
+    for i, model in enumerate(models):
+        if not isinstance(model, Model):
+            raise TypeError(
+                f"models[{i}] must be a kdjax.Model; wrap it with kdjax.from_linen, from_nnx or "
+                f"from_fn, got {_checks.describe(model)}."
+            )
     if weights is not None:
-        weights = _checks.floating("weights", jnp.asarray(weights, jnp.float32))
+        weights = _checks.as_array("weights", weights).astype(jnp.float32)
         _checks.shape("weights", weights, (len(models),), "for as many models")
         _checks.number("weights", weights, low=0, scalar=False)
+        if not _checks.is_traced(weights) and not weights.any():
+            raise ValueError("weights must not all be 0.")
 
     def init(key: jax.Array, inputs: Any) -> tuple[Tree, Tree]:
         keys = jax.random.split(key, len(models))
@@ -159,9 +167,9 @@ def check_variables(teacher: Model, frozen: Tree, batch: Batch) -> None:
         return
     params, extra = variables(frozen)
     wanted = jax.eval_shape(teacher.init, jax.random.key(0), teacher.read(batch))
-    if isinstance(params, list) and isinstance(wanted[0], list):
-        _check_number(params, len(wanted[0]))
-        params = [variables(one) for one in params]
+    if isinstance(wanted[0], list):
+        _check_number(frozen if isinstance(frozen, list) else params, len(wanted[0]))
+        params = _canonical(frozen)[0]
     for name, want, got in (("params", wanted[0], params), ("extra", wanted[1], extra)):
         want_leaves, got_leaves = _by_path(want), _by_path(got)
         for path, leaf in want_leaves.items():
@@ -177,6 +185,12 @@ def check_variables(teacher: Model, frozen: Tree, batch: Batch) -> None:
         surplus = sorted(set(got_leaves) - set(want_leaves))
         if surplus and name == "params":
             raise ValueError(f"frozen does not fit the teacher: it knows no {name} {surplus[0]}.")
+
+
+def _canonical(frozen: Tree) -> tuple[Tree, Tree]:
+    """`variables`, also within ensembles of ensembles."""
+    params, extra = variables(frozen)
+    return ([_canonical(one) for one in params] if isinstance(params, list) else params), extra
 
 
 def _check_number(params: Tree, wanted: int) -> None:

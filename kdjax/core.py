@@ -27,6 +27,7 @@ from kdjax._pairs import (
     Term,
     Tree,
 )
+from kdjax._parts import accuracy_of, part_of
 from kdjax._teachers import check_variables, ensemble, from_batch, teach
 
 __all__ = [
@@ -71,7 +72,8 @@ def distill(
       variables dict, or a list of either for an `ensemble`. Its metrics are ``loss``,
       ``loss/<name>`` for each term and, when the batch has labels, ``accuracy`` of the student in
       training mode over the labelled rows (NaN when there are none). A batch entry ``weight``
-      ``[B]`` weights the examples of every per-example term; 0 marks padding.
+      ``[B]``, non-negative, weights the examples of every per-example term; 0 marks padding, which
+      a batch-coupled term sees all the same.
 
     Raises:
       TypeError: a term is not a ``(weight, Term)`` pair.
@@ -93,6 +95,13 @@ def distill(
       >>> sorted(metrics)
       ['loss', 'loss/soft']
     """
+    _check_model("student", student)
+    if teacher is not None:
+        _check_model("teacher", teacher)
+    if augment is not None and not callable(augment):
+        raise TypeError(
+            f"augment must be a function (key, batch) -> batch, got {_checks.describe(augment)}."
+        )
     terms = _checked_terms(terms)
 
     def forward(
@@ -104,12 +113,13 @@ def distill(
 
     def init(key: jax.Array, batch: Batch, frozen: Tree = None) -> tuple[Tree, Tree]:
         student_key, terms_key = jax.random.split(key)
+        if augment is not None:  # which may change shapes and entries
+            batch = _zeros(jax.eval_shape(augment, key, batch))
         params, extra = student.init(student_key, student.read(batch))
         if teacher is not None:
             check_variables(teacher, frozen, batch)
-        student_out, teacher_out = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(forward, params, extra, batch, frozen, student_key)[:2],
+        student_out, teacher_out = _zeros(
+            jax.eval_shape(forward, params, extra, batch, frozen, student_key)[:2]
         )
         own = {
             name: term.init(jax.random.fold_in(terms_key, i), student_out, teacher_out)
@@ -146,8 +156,8 @@ def distill(
                 **({"axis_name": axis_name} if term.coupled else {}),
             )
             weight = weight(step) if callable(weight) else weight
-            found[name] = _part(name, weight, value, term.coupled, batch, axis_name)
-        return found, ({**extra, "student": student_extra}, _accuracy(student_out, batch))
+            found[name] = part_of(name, weight, value, term.coupled, batch, axis_name)
+        return found, ({**extra, "student": student_extra}, accuracy_of(student_out, batch))
 
     def prepare(
         params: Tree, extra: Tree, batch: Batch, frozen: Tree = None, *, key: jax.Array, **_: Any
@@ -209,13 +219,14 @@ def minimize(
 
     Args:
       method: what is minimised.
-      optimizer: any optax transformation; clipping, schedules and freezing are optax's.
+      optimizer: an optax transformation that needs gradients, parameters, and at most ``value``
+        and ``grad`` besides (no line search); clipping, schedules and freezing are optax's.
       axis_name: the mesh or pmap axis over which the batch is split, when ``update`` runs inside
         `jax.shard_map` or `jax.pmap`. None under plain ``jax.jit``, also with a sharded batch.
       microbatches: computes the gradient of the whole batch in this many slices, for less memory.
-        Means are taken over the whole batch, and the optimizer, schedules and ``after`` move once
-        (`optax.MultiSteps` averages its slices unweighted and moves ``after`` each time). Batch
-        statistics are those of each slice. The batch size must be a multiple of it.
+        Means are taken over the whole batch; ``prepare``, the optimizer, schedules and ``after``
+        run once (`optax.MultiSteps` averages its slices unweighted and runs ``after`` each time).
+        Batch statistics are those of each slice. The batch size must be a multiple of it.
       unroll: whether the slices are unrolled rather than looped over; by default on CPU only,
         where gradients of convolutions are slow in loops.
 
@@ -225,10 +236,21 @@ def minimize(
       Python number makes another program.
 
     Raises:
+      TypeError: not a Method, or not an optax transformation.
       ValueError: ``microbatches`` with a Method that can't be split exactly.
 
     Example: see `distill`.
     """
+    if not isinstance(method, Method):
+        raise TypeError(
+            "method must be a kdjax.Method such as kdjax.distill makes, "
+            f"got {_checks.describe(method)}."
+        )
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "optimizer must be an optax transformation such as optax.adamw(1e-3), "
+            f"got {_checks.describe(optimizer)}."
+        )
     _checks.count("microbatches", microbatches)
     if microbatches > 1 and method.parts is None:
         raise ValueError(
@@ -244,7 +266,8 @@ def minimize(
             )
         init_key, key = jax.random.split(key)
         params, extra = method.init(init_key, batch, frozen)
-        return State(jnp.zeros((), jnp.int32), key, params, extra, optimizer.init(params))
+        state = State(jnp.zeros((), jnp.int32), key, params, extra, optimizer.init(params))
+        return _distinct(state)
 
     def update(
         state: State, batch: Batch, frozen: Tree = None
@@ -281,6 +304,38 @@ def minimize(
     return Learner(init, update)
 
 
+def _check_model(name: str, model: Any) -> None:
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"{name} must be a kdjax.Model; wrap it with kdjax.from_linen, from_nnx or from_fn, "
+            f"got {_checks.describe(model)}."
+        )
+
+
+def _zeros(tree: Tree) -> Tree:
+    """Zeros of abstract shapes and dtypes; keys, which can't be zero, are those of seed 0."""
+
+    def one(x: Any) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(jax.random.key(0), x.shape)
+        return jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+def _distinct(state: State) -> State:
+    """Copies arrays that stand in the State twice, as one buffer can't be donated twice."""
+    seen: set[int] = set()
+
+    def one(x: Any) -> Any:
+        if id(x) in seen:
+            return jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(one, state)
+
+
 def _checked_terms(terms: Mapping[str, Any]) -> dict[str, tuple[Any, Term]]:
     if not isinstance(terms, Mapping):
         raise TypeError(
@@ -301,44 +356,3 @@ def _checked_terms(terms: Mapping[str, Any]) -> dict[str, tuple[Any, Term]]:
         if not callable(pair[0]):
             _checks.number(f"the weight of terms[{name!r}]", pair[0])
     return dict(terms)
-
-
-def _part(
-    name: str, weight: Any, value: Any, coupled: bool, batch: Batch, axis_name: str | None
-) -> Part:
-    """The sum and the count of what a Term returned, with the batch's example weights."""
-    if coupled:
-        return Part(weight, value, None)
-    values, weights = value if isinstance(value, tuple) else (value, None)
-    values = jnp.asarray(values)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    if values.ndim == 0:
-        if axis_name is not None:
-            raise ValueError(
-                f"the term {name!r} must return per-example values under axis_name, got a scalar; "
-                "a loss of the whole batch is a Term with coupled=True."
-            )
-        return Part(weight, values, None)
-    if "weight" in batch:
-        example = jnp.asarray(batch["weight"], values.dtype)
-        _checks.shape("batch['weight']", example, values.shape[:1], "for the examples")
-        example = example.reshape(example.shape + (1,) * (values.ndim - 1))
-        weights = example if weights is None else example * weights
-    if weights is None:
-        return Part(weight, values.sum(), values.size)
-    weights = jnp.broadcast_to(jnp.asarray(weights, values.dtype), values.shape)
-    # A row of weight 0 may hold anything, also NaN.
-    return Part(weight, jnp.where(weights > 0, values * weights, 0).sum(), weights.sum())
-
-
-def _accuracy(student_out: Outputs, batch: Batch) -> dict[str, Part]:
-    if "label" not in batch or "logits" not in student_out:
-        return {}
-    logits, label = jax.lax.stop_gradient(student_out["logits"]), jnp.asarray(batch["label"])
-    if label.shape == logits.shape:
-        label = jnp.where(label.sum(-1) > 0, label.argmax(-1), -1)
-    if label.shape != logits.shape[:-1] or not jnp.issubdtype(label.dtype, jnp.integer):
-        return {}
-    known = (label >= 0).astype(jnp.float32)
-    hits = (logits.argmax(-1) == label).astype(jnp.float32)
-    return {"accuracy": _part("accuracy", 1.0, (hits, known), False, batch, None)}

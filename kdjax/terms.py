@@ -28,6 +28,12 @@ def at(value: Any, step: jax.Array) -> Any:
     return value(step) if callable(value) else value
 
 
+def _checked(name: str, value: Any, **bounds: Any) -> None:
+    """Refuses a number out of range at once; arrays in a trace and schedules come later."""
+    if not callable(value):
+        _checks.number(name, value, **bounds)
+
+
 def hard_labels(*, smoothing: Number = 0.0, label: str = "label", logits: str = "logits") -> Term:
     """Cross-entropy with the true labels; unlabelled rows (label -1) don't count.
 
@@ -44,6 +50,7 @@ def hard_labels(*, smoothing: Number = 0.0, label: str = "label", logits: str = 
       >>> import kdjax as kd
       >>> term = kd.terms.hard_labels(smoothing=0.1)
     """
+    _checked("smoothing", smoothing, low=0, high=1)
 
     def loss(
         tparams: Tree,
@@ -85,6 +92,7 @@ def soft_labels(
       >>> import kdjax as kd
       >>> term = kd.terms.soft_labels(temperature=4.0)
     """
+    _checked("temperature", temperature, above=0)
 
     def loss(s: jax.Array, t: jax.Array, *, temperature: Any) -> jax.Array:
         if standardize:
@@ -149,10 +157,13 @@ def matching(
 
 
 def labelled(label: jax.Array) -> jax.Array:
-    """Boolean ``[B, ...]``: integer labels that aren't -1, or probabilities with any mass."""
+    """Boolean ``[B, ...]``: integer labels that aren't -1, or probabilities with any mass.
+
+    Labels that are no class count as labels, so that the NaN of their loss is seen.
+    """
     if jnp.issubdtype(label.dtype, jnp.floating):
-        return label.sum(-1) > 0
-    return label >= 0
+        return label.sum(-1) != 0
+    return label != -1
 
 
 def _student(outputs: Outputs, name: str) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from types import EllipsisType
 from typing import Any
@@ -11,12 +12,16 @@ from kdjax import _checks
 
 TrainArgument = str | Callable[[bool], Mapping[str, Any]] | None | EllipsisType
 
+_SUSPECT = re.compile("train|infer|determin|eval")
+
 # Name of the flag to whether it means the opposite of training.
 _INVERTED = {
     "train": False,
     "training": False,
     "is_training": False,
+    "is_train": False,
     "deterministic": True,
+    "inference": True,
     "use_running_average": True,
 }
 
@@ -39,6 +44,17 @@ def call_flags(call: Callable[..., Any], train_argument: TrainArgument) -> Calla
         return lambda train: {}
     if train_argument is ...:
         names = [name for name in _INVERTED if name in parameters]
+        unknown = [
+            p.name
+            for p in parameters.values()
+            if isinstance(p.default, bool) and _SUSPECT.search(p.name) and p.name not in names
+        ]
+        if unknown and not names:
+            raise ValueError(
+                f"train_argument must say what the argument {unknown[0]!r} of the module's "
+                f"__call__ means: {unknown[0]!r} if it is True in training, "
+                f"lambda train: {{{unknown[0]!r}: not train}} if False, None if neither."
+            )
         return lambda train: {name: flag_values(train)[name] for name in names}
     if isinstance(train_argument, str):
         name = train_argument

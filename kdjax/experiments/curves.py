@@ -30,7 +30,6 @@ def draw(report: Report, png: Path) -> Path | None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return None
     rows = [row for row in report.models() if any(row.curves)]
@@ -39,14 +38,19 @@ def draw(report: Report, png: Path) -> Path | None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lowest = min(_curve(axes, row) for row in rows)
+    end = max(step for row in rows for curve in row.curves for step, _ in curve)
     if report.teacher is not None and not any(report.teacher.curves):
         label, colour, style, _ = _LOOKS["teacher"]
         mean = report.teacher.accuracy.mean
         axes.axhline(mean, color=colour, linestyle=style, label=f"{label}, on the test split")
         lowest = min(lowest, mean)
+    elif report.teacher is not None:
+        _, colour, _, _ = _LOOKS["teacher"]
+        step, last = report.teacher.curves[0][-1]
+        axes.hlines(last, step, end, color=colour, linestyle=":", linewidth=1)
     bottom = max(0.0, lowest - 0.02)
     axes.set_ylim(bottom, 1.0 + 0.02 * (1 - bottom))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=None))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.set_xlabel("updates")
     axes.set_ylabel("accuracy on the validation split")
     count = len(report.seeds)
