@@ -104,15 +104,14 @@ def test_weights_and_values_give_a_weighted_mean():
     )
 
 
-def test_rows_of_weight_zero_may_hold_nan():
-    data = batch()
+def test_teacher_outputs_of_rows_of_weight_zero_may_be_nan():
+    data = {**batch(), "teacher_logits": jnp.ones((16, 5)).at[:, 0].set(2.0)}
     data["weight"] = jnp.ones(16).at[3].set(0.0)
-    spoilt = {**data, "image": data["image"].at[3].set(jnp.nan)}
-    method = kd.distill(plain(), plain(), SOFT)
-    state, (_, metrics) = one_update(method, teacher_variables(), data)
-    learner = kd.minimize(method, optax.sgd(0.1))
-    _, with_nan = learner.update(state, spoilt, teacher_variables())
-    np.testing.assert_allclose(with_nan["loss"], metrics["loss"], rtol=1e-6)
+    spoilt = {**data, "teacher_logits": data["teacher_logits"].at[3].set(jnp.nan)}
+    method = kd.distill(plain(), kd.from_batch(logits="teacher_logits"), SOFT)
+    _, expected = one_update(method, None, data)
+    _, found = one_update(method, None, spoilt)
+    assert_close(found, expected)
 
 
 def test_a_batch_without_labelled_rows():
@@ -263,7 +262,129 @@ def test_microbatches_save_memory():
     assert temporaries(4) < 0.6 * temporaries(1)
 
 
+def test_augmentation_of_a_batch_is_the_same_in_slices():
+    """Also where its draws belong to the batch: nothing repeats from slice to slice."""
+
+    def augment(key, batch):
+        noise = jax.random.normal(key, batch["image"].shape)
+        return {**batch, "image": batch["image"] + noise}
+
+    method = kd.distill(plain(), plain(), SOFT, augment=augment)
+    _, (whole, _) = one_update(method, teacher_variables())
+    _, (sliced, _) = one_update(method, teacher_variables(), microbatches=4)
+    assert_close(whole.params, sliced.params)
+
+
+def test_augmentation_may_change_shapes_and_entries():
+    def augment(key, batch):
+        return {"view": batch["image"][:, :4], **batch}
+
+    student = plain()._replace(inputs="view")
+    method = kd.distill(student, None, {"hard": (1.0, kd.terms.hard_labels())}, augment=augment)
+    state, (_, metrics) = one_update(method)
+    assert state.params["student"]["w0"].shape == (4, 8)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_weights_belong_to_leading_axes():
+    """Of values [B, T] with B = T, weights [B] are those of the examples."""
+    weights = jnp.zeros(16).at[2].set(1.0)
+
+    def loss(tparams, student_out, teacher_out, batch, *, step, key):
+        return jnp.arange(256.0).reshape(16, 16), weights
+
+    method = kd.distill(plain(), None, {"each": (1.0, Term(no_params, loss))})
+    _, (_, metrics) = one_update(method)
+    np.testing.assert_allclose(metrics["loss"], np.arange(32, 48).mean())
+
+
+def test_logits_of_nan_are_no_answer():
+    data = batch()
+    student = kd.from_fn(lambda key, x: {"w": jnp.full((6, 5), jnp.nan)}, lambda p, x: x @ p["w"])
+    method = kd.distill(student, None, {"hard": (1.0, kd.terms.hard_labels())})
+    _, (_, metrics) = one_update(method, None, data)
+    assert float(metrics["accuracy"]) == 0.0
+
+
+def test_labels_that_are_no_class_show_as_nan():
+    data = {**batch(), "label": batch()["label"].at[0].set(-100)}
+    method = kd.distill(plain(), None, {"hard": (1.0, kd.terms.hard_labels())})
+    _, (_, metrics) = one_update(method, None, data)
+    assert np.isnan(metrics["loss"])
+
+
+def test_optimizers_that_keep_the_first_parameters_can_be_donated():
+    method = kd.distill(plain(), None, {"hard": (1.0, kd.terms.hard_labels())})
+    learner = kd.minimize(method, optax.contrib.prodigy())
+    state = learner.init(jax.random.key(0), batch())
+    step = jax.jit(learner.update, donate_argnums=0)
+    for _ in range(2):
+        state, _ = step(state, batch())
+    assert int(state.step) == 2
+
+
 class TestMistakes:
+    @pytest.mark.parametrize("model", [LinenMLP(), 3, None])
+    def test_a_bare_module(self, model):
+        with pytest.raises(TypeError, match=r"student must be a kdjax.Model; wrap it"):
+            kd.distill(model, None, SOFT)
+        if model is not None:
+            with pytest.raises(TypeError, match=r"teacher must be a kdjax.Model"):
+                kd.distill(plain(), model, SOFT)
+            with pytest.raises(TypeError, match=r"models\[1\] must be a kdjax.Model"):
+                kd.ensemble([plain(), model])
+
+    def test_wrong_kinds_for_minimize(self):
+        method = kd.distill(plain(), plain(), SOFT)
+        with pytest.raises(TypeError, match="optimizer must be an optax transformation"):
+            kd.minimize(method, 0.1)
+        with pytest.raises(TypeError, match=r"method must be a kdjax.Method"):
+            kd.minimize(plain(), optax.sgd(0.1))
+        with pytest.raises(TypeError, match="augment must be a function"):
+            kd.distill(plain(), None, SOFT, augment=3)
+
+    def test_a_batch_that_is_an_array(self):
+        learner = kd.minimize(kd.distill(plain(), plain(), SOFT), optax.sgd(0.1))
+        with pytest.raises(TypeError, match="batch must be a dict of arrays"):
+            learner.init(jax.random.key(0), jnp.ones((4, 6)), teacher_variables())
+
+    def test_unscaled_images(self):
+        data = {**batch(), "image": jnp.ones((16, 6), jnp.uint8)}
+        with pytest.raises(TypeError, match=r"batch\['image'\] must be floating, got uint8"):
+            one_update(kd.distill(plain(), plain(), SOFT), teacher_variables(), data)
+
+    def test_an_empty_batch(self):
+        empty = jax.tree.map(lambda x: x[:0], batch())
+        with pytest.raises(ValueError, match="batch must have examples, got none"):
+            one_update(kd.distill(plain(), plain(), SOFT), teacher_variables(), empty)
+
+    def test_weights_of_another_shape(self):
+        def loss(tparams, student_out, teacher_out, batch, *, step, key):
+            return jnp.ones((16, 3)), jnp.ones(8)
+
+        method = kd.distill(plain(), None, {"each": (1.0, Term(no_params, loss))})
+        with pytest.raises(ValueError, match=r"weights of the term 'each' .* got \(8,\)"):
+            one_update(method)
+
+    def test_a_schedule_that_is_no_number(self):
+        soft = (lambda step: jnp.ones(1), kd.terms.soft_labels())
+        with pytest.raises(ValueError, match=r"weight of terms\['soft'\] must be a number"):
+            one_update(kd.distill(plain(), plain(), {"soft": soft}), teacher_variables())
+
+    @pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+    def test_a_temperature_out_of_range(self, temperature):
+        with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+            kd.terms.soft_labels(temperature=temperature)
+
+    def test_ensemble_variables_in_a_tuple(self):
+        method = kd.distill(plain(), kd.ensemble([plain(), plain()]), SOFT)
+        with pytest.raises(ValueError, match="list of the variables of 2 teachers"):
+            one_update(method, (teacher_variables(), teacher_variables()))
+
+    def test_ensemble_weights_of_zero(self):
+        with pytest.raises(ValueError, match="weights must not all be 0"):
+            kd.ensemble([plain(), plain()], weights=[0.0, 0.0])
+
     def test_frozen_missing(self):
         method = kd.distill(plain(), plain(), SOFT)
         with pytest.raises(ValueError, match="frozen is missing"):

@@ -48,7 +48,7 @@ from kdjax.models.wide_resnet import (
 BY_NAME: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
     {
         "mlp": MLP,
-        "mlp_small": lambda num_classes: MLP(num_classes, features=(32,)),
+        "mlp_small": lambda num_classes: MLP(num_classes, features=(64,)),
         "convnet": ConvNet,
         "convnet_small": lambda num_classes: ConvNet(num_classes, widths=(8, 16)),
         "resnet8": resnet8,

@@ -273,3 +273,15 @@ def test_costs_what_the_bare_module_costs(train, tapped):
     assert costs[0]["bytes accessed"] == costs[1]["bytes accessed"]
     convs = [program.as_text().count(" convolution(") for program in programs]
     assert convs == [3, 3]
+
+
+def test_an_unknown_train_flag_is_asked_for():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, training_mode=False):
+            return nn.Dense(3)(x)
+
+    with pytest.raises(ValueError, match="train_argument must say what the argument"):
+        kd.from_linen(Net())
+    kd.from_linen(Net(), train_argument="training_mode")
+    kd.from_linen(Net(), train_argument=None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -145,12 +146,69 @@ def test_npz_faults_are_one_sentence(tmp_path, content, words):
         ({"train": {"image": np.zeros((3, 2)), "label": np.zeros(2, int)}}, ValueError, "length"),
         ({"train": {"image": np.zeros((3, 2))}}, ValueError, "num_classes must be given"),
         ({"train": {"image": np.float32(1)}}, TypeError, "one row per example"),
+        ({"train": {"x": [[1], [2, 3]]}}, TypeError, r"\['x'\] must be .* one row per example"),
+        (
+            {"train": {"x": np.zeros(2), "label": np.array([0, 2**32 + 1])}},
+            ValueError,
+            r"\['label'\] must lie in -1 to 2147483646, got 4294967297",
+        ),
+        (
+            {"train": {"x": np.zeros(2), "label": np.array([0, 2**63], np.uint64)}},
+            ValueError,
+            r"\['label'\] must lie in -1 to 2147483646, got 9223372036854775808",
+        ),
+        (
+            {"train": {"x": np.zeros(2), "label": np.array([0, -(2**32) + 1])}},
+            ValueError,
+            r"\['label'\] must lie in -1 to 2147483646, got -4294967295",
+        ),
+        *(
+            (
+                {"train": {"x": np.zeros(2), "name": np.array(["a", "b"], kind)}},
+                TypeError,
+                r"splits\['train'\]\['name'\] must hold numbers or booleans, got",
+            )
+            for kind in ("U1", "S1", object)
+        ),
+        ({"train": {"when": np.zeros(2, "datetime64[s]")}}, TypeError, r"\['when'\] must hold"),
+        ({"train": {"x": np.zeros(2, np.longdouble)}}, TypeError, r"\['x'\] must hold numbers"),
     ],
 )
 def test_arrays_faults_are_one_sentence(splits, error, words):
     with pytest.raises(error, match=words) as caught:
         data.arrays(splits)
     assert "\n" not in str(caught.value)
+
+
+def test_arrays_take_all_kinds_of_numbers():
+    kinds = (np.bool_, np.int8, np.uint64, np.float16, jnp.bfloat16, np.float64, np.complex64)
+    for kind in kinds:
+        dataset = data.arrays({"train": {"x": np.ones(3, kind)}}, num_classes=2)
+        assert jnp.asarray(dataset.read("train")["x"]).shape == (3,)
+
+
+@pytest.mark.parametrize("bad", [-0.1, -3, True, "a", 1.0, 4, float("nan"), 0.01, None])
+def test_npz_names_validation(tmp_path, bad):
+    arrays = {f"x_{s}": np.zeros((4, 2, 2), np.uint8) for s in ("train", "test")}
+    arrays |= {f"y_{s}": np.array([0, 1, 0, 1]) for s in ("train", "test")}
+    np.savez(tmp_path / "file.npz", **arrays)
+    with pytest.raises((ValueError, TypeError), match="^validation must be") as caught:
+        data.npz(tmp_path / "file.npz", validation=bad)
+    assert "\n" not in str(caught.value)
+    for good in (0.5, 2, np.int64(2), np.float32(0.5)):
+        assert data.npz(tmp_path / "file.npz", validation=good).size("validation") == 2
+    assert "validation" not in data.npz(tmp_path / "file.npz", validation=0.0).splits
+
+
+def test_no_rows_are_an_empty_batch():
+    dataset = toy(extra=np.arange(50.0))
+    for rows in ([], np.zeros(0, np.int32)):
+        batch = dataset.read("train", rows)
+        full = dataset.read("train", [3])
+        assert {k: (x.dtype, x.shape[1:]) for k, x in batch.items()} == {
+            k: (x.dtype, x.shape[1:]) for k, x in full.items()
+        }
+        assert {len(x) for x in batch.values()} == {0}
 
 
 def test_arrays_keep_other_entries_and_need_no_image():

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kdjax import data
+from kdjax.data import _prefetch
 
 
 def counted(n, seen=None):
@@ -82,6 +83,42 @@ def test_close_ends_the_thread_and_its_source():
     with pytest.raises(StopIteration):
         next(batches)
     batches.close()
+
+
+def test_close_waits_for_no_read_and_nothing_is_placed_after_it(monkeypatch):
+    released, placed = threading.Event(), []
+    monkeypatch.setattr(_prefetch, "_place", lambda batch, sharding: placed.append(1))
+
+    def blocked():
+        yield 0
+        released.wait(60)
+        yield 1
+
+    batches = data.prefetch(blocked())
+    next(batches)
+    begun = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begun < 10
+    assert threads()
+    with pytest.raises(StopIteration):
+        next(batches)
+    released.set()
+    wait_until(lambda: not threads())
+    assert placed == [1]
+
+
+def test_until_gives_what_is_there_and_ends_a_wait_only():
+    released = threading.Event()
+
+    def blocked():
+        yield from counted(2)
+        released.wait(60)
+
+    with data.prefetch(blocked()) as batches:
+        wait_until(lambda: len(batches._buffer._items) == 2)
+        assert [int(b["image"][0, 0]) for b in batches.until(lambda: True)] == [0, 1]
+        released.set()
+        assert list(batches.until(lambda: False)) == []
 
 
 def test_dropping_it_ends_the_thread():

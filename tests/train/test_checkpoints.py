@@ -1,7 +1,10 @@
 """What is kept on disk, resumed from, and refused."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 
 import jax
@@ -80,6 +83,78 @@ def test_lines_after_the_restored_step_are_dropped(folder, finished):
     assert steps == [2, 4, 6, 8, 9, 10, 12]
     assert file.read_text().startswith(text)
     assert int(state.step) == 12
+
+
+def test_garbage_in_the_log_is_dropped(folder):
+    file = folder / "metrics.jsonl"
+    good = file.read_bytes()
+    file.write_bytes(b"\x80\xff\x00\n" + good + b'{"step": 9, "lo\xffss": 1.0}\n\xfe\xed')
+    tiny.run(folder, 12)
+    assert [line["step"] for line in lines(file)] == [2, 4, 6, 8, 9, 10, 12]
+    assert file.read_bytes().startswith(good)
+
+
+def test_a_folder_has_one_run_at_a_time(folder, finished):
+    def second(step):
+        before = everything(folder)
+        with pytest.raises(ValueError, match=r"checkpoint .*run is being written by another run"):
+            tiny.run(folder, 30)
+        assert int(kd.train.restore(folder, tiny.start()).step) == 9
+        kd.train.load_student(folder)
+        assert everything(folder) == before
+        return tiny.Data().from_step(step)
+
+    tiny.run(folder, 12, data=second)
+    assert int(tiny.run(folder, 15).step) == 15
+
+
+def test_a_refused_run_leaves_no_lock(folder):
+    with pytest.raises(ValueError, match="another seed"):
+        kd.train.fit(tiny.LEARNER, tiny.start(seed=1), tiny.Data(), steps=12, checkpoint=folder)
+    (folder / "9" / "metrics").mkdir()
+    (folder / "9" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(ValueError, match="metrics file of one of its steps is damaged"):
+        tiny.run(folder, 12)
+    shutil.rmtree(folder / "9" / "metrics")
+    assert int(tiny.run(folder, 12).step) == 12
+
+
+def test_the_lock_dies_with_its_owner_but_not_with_his_workers(tmp_path):
+    program = """
+import os, pathlib, sys, time
+from kdjax.data._locks import locked
+with locked(pathlib.Path(sys.argv[1]), "taken"):
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True)
+    try:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run"):
+            Checkpoints(tmp_path)
+        owner.kill()
+        owner.wait()
+        Checkpoints(tmp_path).close()
+        os.killpg(owner.pid, 0)  # the worker lives
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)
+        owner.stdout.close()
+
+
+def test_a_checkpoint_without_its_record_of_sizes_is_read(folder, finished):
+    """As where a kill came right after it was complete."""
+    (folder / "9" / "sizes.json").unlink()
+    (folder / "9" / ".sizes.json").write_text('{"half')
+    assert tiny.same(kd.train.restore(folder, tiny.start()), finished[1])
+    assert int(tiny.run(folder, 12).step) == 12
+    (folder / "12" / "sizes.json").unlink()
+    kd.train.load_student(folder)
+    assert int(tiny.run(folder, 14).step) == 14
 
 
 @pytest.mark.parametrize(("best", "mode"), [("accuracy", "max"), (("score", "min"), "min")])

@@ -84,6 +84,56 @@ def test_own_metrics_with_and_without_weights(digits, variables):
     np.testing.assert_allclose(found["sevens"], right.mean(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [3, 4])
+def test_weights_of_examples_go_to_all_values_of_their_row(length):
+    values = jnp.arange(4.0 * length).reshape(4, length) ** 2
+
+    def by_example(outputs, batch):
+        return outputs["logits"], batch["mask"]
+
+    def by_position(outputs, batch):
+        return outputs["logits"], jnp.broadcast_to(batch["mask"][:, None], (4, length))
+
+    model = kd.from_fn(lambda key, x: {}, lambda params, x: x, inputs="x")
+    batch = {"x": values, "mask": jnp.array([1.0, 0.0, 0.0, 3.0])}
+    metrics = {"example": by_example, "position": by_position}
+    found = kd.train.evaluate(model, ({}, {}), [batch], metrics=metrics)
+    expected = np.average(values.mean(1), weights=batch["mask"])
+    np.testing.assert_allclose([*found.values()], expected, rtol=1e-6)
+
+
+LOGITS = kd.from_fn(lambda key, x: {}, lambda params, x: x, inputs="x")
+
+
+def of_logits(logits, label):
+    return kd.train.evaluate(LOGITS, ({}, {}), [{"x": logits, "label": label}])
+
+
+def test_a_row_with_a_nan_logit_is_wrong():
+    logits = 9.0 * jnp.eye(4)
+    assert of_logits(logits, jnp.arange(4))["accuracy"] == 1.0
+    assert of_logits(jnp.full((4, 4), jnp.nan), jnp.zeros(4, int))["accuracy"] == 0.0
+    found = of_logits(logits.at[0, 1].set(jnp.nan), jnp.array([1, 1, 2, 3]))
+    assert found.pop("accuracy") == 0.75
+    assert all(np.isnan(value) for value in found.values())
+
+
+@pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1])
+def test_a_label_that_is_no_class_shows(bad):
+    found = of_logits(9.0 * jnp.eye(4), jnp.array([0, 1, bad, 3]))
+    assert all(np.isnan(value) for value in found.values())
+    padded = {"x": 9.0 * jnp.eye(4), "label": jnp.array([0, 1, bad, 3])}
+    padded["weight"] = jnp.array([1.0, 1.0, 0.0, 1.0])
+    assert kd.train.evaluate(LOGITS, ({}, {}), [padded])["accuracy"] == 1.0
+
+
+def test_small_integers_hold_labels_of_many_classes():
+    logits = jnp.zeros((2, 300)).at[:, 44].set(9.0)  # int8(300) is 44
+    label = np.array([44, -1], np.int8)
+    assert of_logits(logits, label) == of_logits(logits, label.astype(np.int32))
+    assert of_logits(logits, label)["accuracy"] == 1.0
+
+
 def test_model_is_in_evaluation_mode_and_traced_once(digits, variables):
     traces = []
 
@@ -150,6 +200,36 @@ def test_predict_labels_stores_what_predict_gives(digits, variables, tmp_path):
         (lambda v, b: kd.train.evaluate(STUDENT, v, []), ValueError, "at least one batch"),
         (lambda v, b: kd.train.evaluate(STUDENT, v, b), TypeError, "batches must be an iterable"),
         (lambda v, b: kd.train.evaluate(STUDENT, 3, [b]), ValueError, "variables must be"),
+        (lambda v, b: kd.train.evaluate(3, v, [b]), TypeError, "model must be a kdjax.Model"),
+        (lambda v, b: kd.train.evaluator(3, [b]), TypeError, "model must be a kdjax.Model"),
+        (lambda v, b: kd.train.predict(3, v, [b]), TypeError, "model must be a kdjax.Model"),
+        (
+            lambda v, b: kd.train.evaluate(STUDENT, kd.State(0, 0, {"a": 1}, {}, {}), [b]),
+            ValueError,
+            "variables must be a State with a student, got one whose params has no",
+        ),
+        (
+            lambda v, b: kd.train.evaluate(STUDENT, v, [b], metrics=["accuracy"]),
+            TypeError,
+            "metrics must be a dict of name -> function, got list",
+        ),
+        (
+            lambda v, b: kd.train.evaluate(STUDENT, v, [b], metrics={"m": "accuracy"}),
+            TypeError,
+            "metrics must be a dict of name -> function, got dict",
+        ),
+        (
+            lambda v, b: kd.train.evaluate(
+                STUDENT, v, [b], metrics={"m": lambda o, b: (o["logits"], jnp.ones(CLASSES))}
+            ),
+            ValueError,
+            r"weights of metrics\['m'\] must have the shape of its values, \(4, 10\)",
+        ),
+        (
+            lambda v, b: kd.train.evaluate(STUDENT, v, [b], metrics={"m": lambda o, b: "a"}),
+            TypeError,
+            r"the values of metrics\['m'\] must be an array",
+        ),
         (
             lambda v, b: kd.train.evaluate(STUDENT, v, [{"image": b["image"]}]),
             ValueError,

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from train import tiny_run as tiny
 
 import kdjax as kd
+from kdjax.train import _run
 
 fit = kd.train.fit
 OFF = {"progress": False, "plot": False}
@@ -236,6 +238,49 @@ def test_signals_finish_the_step_save_and_stop(tmp_path, number):
     assert tiny.same(tiny.run(tmp_path, 40), bare(40)[0])
 
 
+def blocking(at, released):
+    """Data that never has the batch of a step, and asks for a stop once it is waited for."""
+
+    def data(step):
+        for batch in tiny.Data().from_step(step):
+            if step == at:
+                threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+                released.wait(60)
+            yield batch
+            step += 1
+
+    return data
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_ctrl_c_while_the_data_blocks(tmp_path, at):
+    released, begun = threading.Event(), time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt, match=f"SIGINT at step {at}, saved in"):
+            tiny.run(tmp_path, 100, data=blocking(at, released), save_every=50)
+        assert time.monotonic() - begun < 20
+        assert tiny.same(tiny.run(tmp_path, 12), bare(12)[0])
+    finally:
+        released.set()
+
+
+def test_a_second_ctrl_c_stops_at_once_while_the_data_blocks(monkeypatch):
+    monkeypatch.setattr(_run.Run, "_pause", lambda self, stopping: released.wait(60))
+    released, begun = threading.Event(), time.monotonic()
+    threading.Timer(1.5, signal.raise_signal, [signal.SIGINT]).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny.LEARNER, tiny.start(), blocking(2, released), steps=9, **OFF)
+        assert time.monotonic() - begun < 20
+    finally:
+        released.set()
+
+
+def test_data_that_is_slow_is_waited_for():
+    data = tiny.Data(pause=0.5)
+    assert tiny.same(fit(tiny.LEARNER, tiny.start(), data, steps=2, **OFF), bare(2)[0])
+
+
 def test_runs_outside_the_main_thread():
     found = []
     thread = threading.Thread(
@@ -247,8 +292,6 @@ def test_runs_outside_the_main_thread():
 
 
 def test_progress_bar_shows_loss_accuracy_and_rate(monkeypatch, capsys):
-    from kdjax.train import _run
-
     bar = _run.tqdm
     monkeypatch.setattr(
         _run, "tqdm", lambda **kw: bar(**{**kw, "disable": False, "mininterval": 0})
@@ -272,6 +315,16 @@ def test_progress_bar_shows_loss_accuracy_and_rate(monkeypatch, capsys):
         ({"prefetch": 0}, ValueError, "prefetch must"),
         ({"fsdp": True}, ValueError, "fsdp needs a mesh"),
         ({"best": "accuracy"}, ValueError, "best needs evaluate= and checkpoint="),
+        (
+            {"learner": kd.distill(tiny.MODEL, None, {"hard": (1.0, kd.terms.hard_labels())})},
+            TypeError,
+            r"learner must be a Learner, as kdjax.minimize\(method, optimizer\) makes",
+        ),
+        (
+            {"checkpoint": "/proc/nowhere/run"},
+            ValueError,
+            "a folder that can be written, got /proc",
+        ),
         ({"data": 3}, TypeError, "data must be batches"),
         ({"data": {"x": tiny.X}}, TypeError, "data must be batches"),
         ({"data": [tiny.X] * 9}, TypeError, "data must yield dicts"),
@@ -284,9 +337,10 @@ def test_progress_bar_shows_loss_accuracy_and_rate(monkeypatch, capsys):
 )
 def test_bad_arguments(change, error, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"state": tiny.start(), "data": tiny.Data(), "steps": 3, **OFF, **change}
+    given = {"learner": tiny.LEARNER, "state": tiny.start(), "data": tiny.Data(), "steps": 3}
+    given |= {**OFF, **change}
     with pytest.raises(error, match=text):
-        fit(tiny.LEARNER, given.pop("state"), given.pop("data"), **given)
+        fit(given.pop("learner"), given.pop("state"), given.pop("data"), **given)
 
 
 def test_ragged_batches_in_one_call():
