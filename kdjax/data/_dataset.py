@@ -18,6 +18,8 @@ from kdjax.data._batches import Batch, Batches, make_batches
 if TYPE_CHECKING:
     from kdjax.data._stored import StoredOutputs
 
+_FIRST = np.zeros(1, np.int64)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
@@ -93,7 +95,8 @@ class Dataset:
         Args:
             split: name of the split.
             rows: integers [B] from 0 to N - 1; default all rows.
-            raw: leave uint8 images as they are instead of scaling them to float32 in [0, 1].
+            raw: leave uint8 images as they are, 0 to 255, instead of scaling them to float32 in
+                [0, 1]; then the model, or ``kdjax.augment.to_float`` before it, must do so.
 
         Returns:
             A dict with ``label``, ``index`` and the split's other arrays, B rows each.
@@ -103,13 +106,16 @@ class Dataset:
         """
         part = self._split(split)
         rows = np.arange(part.size) if rows is None else np.asarray(rows)
+        if rows.shape == (0,):
+            rows = rows.astype(np.int64)  # NumPy takes [] for floats.
         if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
             raise TypeError(f"rows must be integers of shape [B], got {_checks.describe(rows)}.")
         if len(rows) and not (rows.min() >= 0 and rows.max() < part.size):
             raise ValueError(
                 f"rows must lie in 0 to {part.size - 1}, got {rows.min()} to {rows.max()}."
             )
-        batch = part.read(rows)
+        # A source need not know what no rows look like.
+        batch = part.read(rows) if len(rows) else {k: x[:0] for k, x in part.read(_FIRST).items()}
         if not raw and "image" in batch:
             batch["image"] = _to_float(batch["image"])
         batch["index"] = rows.astype(np.int32)
@@ -142,8 +148,9 @@ class Dataset:
             start_step: the step at which iteration begins; ``from_step`` overrides it.
             shard: (index, count) of this host; default (process_index, process_count) of jax. The
                 global batches don't depend on the number of hosts.
-            raw: leave uint8 images as they are: a quarter of the traffic to the device, scaled
-                in the step by ``kdjax.augment``.
+            raw: leave uint8 images as they are, 0 to 255: a quarter of the traffic to the device.
+                Then the model, or ``kdjax.augment.to_float`` in the step, must scale them; training
+                and evaluation must do the same.
 
         Returns:
             A re-iterable Batches.
@@ -171,7 +178,21 @@ class Dataset:
         )
 
     def once(self, split: str, batch_size: int, *, raw: bool = False) -> Batches:
-        """One pass in index order, the last batch padded: what evaluation wants."""
+        """One pass in index order, the last batch padded: what evaluation wants.
+
+        Args:
+            split: name of the split.
+            batch_size: rows of the global batch.
+            raw: leave uint8 images as they are, 0 to 255. `kdjax.train.evaluate` gives a model
+                what the batch holds, so the model, or ``kdjax.augment.to_float`` over the batches,
+                must then scale them as they were scaled in training.
+
+        Returns:
+            A re-iterable Batches; padding has label -1 and weight 0.
+
+        Raises:
+            ValueError: no such split, or an argument outside its range.
+        """
         return self.batches(split, batch_size, shuffle=False, last="pad", epochs=1, raw=raw)
 
     def hold_out(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from kdjax import _checks
+
+# How long a wait for data goes on before it looks up, and how long `close` waits for a source that
+# is in the middle of a read.
+_SLICE = 0.2
+_PATIENCE = 1.0
 
 
 class Prefetch(Iterator[Any]):
@@ -30,10 +36,27 @@ class Prefetch(Iterator[Any]):
         return self._buffer.get()
 
     def close(self) -> None:
-        """Ends the thread; no batch comes after it."""
+        """Ends the thread; no batch comes after it.
+
+        A source that is in the middle of a long read is left to itself after a second: the thread
+        ends when that read does, and keeps no program from ending.
+        """
         self._stop()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(_PATIENCE)
+
+    def until(self, stop: Callable[[], bool]) -> Iterator[Any]:
+        """The batches, but for those still to be waited for once ``stop()`` is true.
+
+        Args:
+            stop: asked a few times a second while there is no batch.
+
+        Returns:
+            An iterator over the same batches.
+        """
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield self._buffer.get(stop)
 
     def __enter__(self) -> Prefetch:
         return self
@@ -97,9 +120,12 @@ class _Buffer:
                 self._changed.notify_all()
             return not self._stopped
 
-    def get(self) -> Any:
+    def get(self, stop: Callable[[], bool] | None = None) -> Any:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._ended or self._items)
+            while not (self._items or self._stopped or self._ended):
+                if stop is not None and stop():
+                    raise StopIteration
+                self._changed.wait(_SLICE)
             if self._items:
                 item = self._items.popleft()
                 self._changed.notify_all()
@@ -114,6 +140,10 @@ class _Buffer:
             self._ended, self._error = True, error
             self._changed.notify_all()
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
@@ -126,7 +156,8 @@ def _fill(buffer: _Buffer, batches: Iterable[Any], sharding: Any) -> None:
     try:
         iterator = iter(batches)
         for batch in iterator:
-            if not buffer.put(_place(batch, sharding)):
+            # Checked first: after a long read the program may be ending, and JAX with it.
+            if buffer.stopped or not buffer.put(_place(batch, sharding)):
                 break
             del batch
         if hasattr(iterator, "close"):

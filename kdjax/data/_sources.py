@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from kdjax import _checks
@@ -121,9 +122,25 @@ def npz(
         num_classes=num_classes,
         name=file.stem,
     )
-    if isinstance(validation, (int, float)) and not isinstance(validation, bool) and not validation:
-        return dataset
-    return dataset.hold_out(validation, seed=seed)
+    return with_validation(dataset, validation, seed=seed)
+
+
+def with_validation(
+    dataset: Dataset, validation: int | float, *, seed: int, stratify: bool = True
+) -> Dataset:
+    """Holds ``validation`` rows of ``train`` out, or that share of them; 0 for none."""
+    size = dataset.size("train")
+    if isinstance(validation, (int, np.integer)):
+        rows = _checks.count("validation", validation, low=0, high=size - 1)
+    else:
+        share = float(_checks.number("validation", validation, low=0, below=1))
+        rows = round(share * size)
+        if share > 0 and not 0 < rows < size:
+            raise ValueError(
+                f"validation must be a share that leaves rows on both sides of the {size} training "
+                f"rows, got {validation}."
+            )
+    return dataset.hold_out(rows, seed=seed, stratify=stratify) if rows else dataset
 
 
 def digits() -> Dataset:
@@ -158,15 +175,9 @@ def _columns(split: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise TypeError(f"{here} must be a dict of arrays, got {_checks.describe(given)}.")
     if set(given) & set(RESERVED):
         raise ValueError(f"{here} must not hold index or weight, which batches add themselves.")
-    columns = {key: np.asarray(value) for key, value in given.items()}
+    columns = {key: _column(f"{here}[{key!r}]", value) for key, value in given.items()}
     if not set(columns) - {"label"}:
         raise ValueError(f"{here} must have at least one array beside label, got none.")
-    for key, column in columns.items():
-        if column.ndim == 0 or column.dtype == object:
-            raise TypeError(
-                f"{here}[{key!r}] must be an array with one row per example, got "
-                f"{_checks.describe(column)}."
-            )
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(f"{here} must hold arrays of one length above 0, got {lengths}.")
@@ -176,6 +187,24 @@ def _columns(split: str, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
     label = columns.get("label", np.full(size, -1, np.int32))
     columns["label"] = _label(f"{here}['label']", label)
     return columns
+
+
+def _column(name: str, value: Any) -> np.ndarray:
+    try:
+        column = np.asarray(value)
+    except ValueError as error:  # rows of unequal lengths
+        raise TypeError(
+            f"{name} must be an array with one row per example, got {_checks.describe(value)}."
+        ) from error
+    if column.ndim == 0:
+        raise TypeError(
+            f"{name} must be an array with one row per example, got {_checks.describe(column)}."
+        )
+    numeric = jnp.issubdtype(column.dtype, np.number) or column.dtype == np.bool_
+    # What JAX has no array for would fail at the first batch.
+    if not numeric or column.dtype in (np.longdouble, np.clongdouble):
+        raise TypeError(f"{name} must hold numbers or booleans, got {_checks.describe(column)}.")
+    return column
 
 
 def _image(name: str, image: np.ndarray) -> np.ndarray:
@@ -198,6 +227,10 @@ def _label(name: str, label: np.ndarray) -> np.ndarray:
         label = label[:, 0]
     if label.ndim != 1:
         raise ValueError(f"{name} must have shape [N] or [N, 1], got {_checks.describe(label)}.")
+    low, high = int(label.min()), int(label.max())
+    if low < -(2**31) or high >= 2**31 - 1:
+        bad = low if low < -(2**31) else high
+        raise ValueError(f"{name} must lie in -1 to {2**31 - 2}, got {bad}.")
     return label.astype(np.int32)
 
 

@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 from kdjax import _checks
 from kdjax.data._batches import Batch
 from kdjax.data._dataset import Dataset, digest, hash_array
+from kdjax.data._locks import locked
 from kdjax.data._stored_files import (
     FORMAT,
     MANIFEST,
     Writer,
     layout,
-    locked,
     partial_path,
     read_manifest,
     same,
@@ -115,7 +115,7 @@ def store_outputs(
     _checks.count("batch_size", batch_size)
     partial = partial_path(path)
     partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial):
+    with locked(partial, f"path is being written by another process: {partial}."):
         if (partial / MANIFEST).exists():
             manifest = read_manifest(partial)
             same(wanted, manifest, partial)

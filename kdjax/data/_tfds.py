@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from kdjax import _checks
 from kdjax.data._batches import Batch
 from kdjax.data._dataset import Dataset, Split, digest, hash_array
+from kdjax.data._sources import with_validation
 
 
 def tfds(
@@ -101,9 +102,9 @@ def tfds(
         shape=first.shape[1:],
         splits=made,
     )
-    if "validation" in made or "train" not in made or not validation:
+    if "validation" in made or "train" not in made:
         return dataset
-    return dataset.hold_out(validation, seed=seed, stratify=False)
+    return with_validation(dataset, validation, seed=seed, stratify=False)
 
 
 def _split(

@@ -6,8 +6,10 @@ record of what it belongs to, so that a checkpoint of another model is refused b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from kdjax import _checks
+from kdjax import _checks, parallel
 from kdjax._pairs import State, Tree
+from kdjax.data._locks import locked
 from kdjax.train import _trees
 
 # Written when a checkpoint is complete; a file of another size means that it was cut or mixed up.
@@ -32,7 +35,7 @@ class Checkpoints:
       folder: a local or mounted folder, relative or absolute.
       keep: how many of the latest are kept.
       best: ``(metric, "max" or "min")``: the best by this metric is kept as well.
-      write: False opens the folder for reading only.
+      write: opens the folder for this run alone; False for reading only.
       parts: opens it to read parts of states.
     """
 
@@ -47,6 +50,7 @@ class Checkpoints:
     ) -> None:
         self.folder = absolute(folder)
         self._write = write
+        self._lock = _taken(self.folder) if write else contextlib.ExitStack()
         try:
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -59,7 +63,10 @@ class Checkpoints:
                 },
             )
             self._metrics = {step: self._manager.metrics(step) or {} for step in self.steps()}
-        except json.JSONDecodeError as error:
+        except BaseException as error:
+            self._lock.close()
+            if not isinstance(error, json.JSONDecodeError):
+                raise
             raise ValueError(
                 f"checkpoint {self.folder} can't be read: the metrics file of one of its steps is "
                 f"damaged ({error}); nothing was changed."
@@ -181,7 +188,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._note_sizes()
         finally:
-            self._manager.close()
+            try:
+                self._manager.close()
+            finally:
+                self._lock.close()
 
     def resolve(self, step: int | str | None) -> int:
         """The step meant by None (the newest), ``"best"`` or a number."""
@@ -277,6 +287,26 @@ def _options(keep: int, best: tuple[str, str] | None, write: bool) -> ocp.Checkp
     return ocp.CheckpointManagerOptions(
         preservation_policy=policy, cleanup_tmp_directories=True, **choice
     )
+
+
+def _taken(folder: Path) -> contextlib.ExitStack:
+    """Makes the folder and locks it, before orbax tidies up what another run may be saving."""
+    stack, fault = contextlib.ExitStack(), None
+    if jax.process_index() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            stack.enter_context(
+                locked(folder, f"checkpoint {folder} is being written by another run.")
+            )
+        except OSError as error:
+            fault = f"checkpoint must be a folder that can be written, got {folder} ({error})."
+        except ValueError as error:
+            fault = str(error)
+    if parallel.agree(fault is not None):
+        raise ValueError(fault or f"checkpoint {folder} could not be opened by process 0.")
+    return stack
 
 
 def absolute(folder: str | os.PathLike[str]) -> Path:

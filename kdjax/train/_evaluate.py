@@ -35,15 +35,18 @@ def evaluate(
     """Means of metrics over a split, with the model in evaluation mode.
 
     ``mean = sum(weight * value) / sum(weight)`` over all examples, whatever the batches: rows of
-    ``weight`` 0 (padding) and, in the default metrics, of label -1 don't count. The model is
-    compiled once for each shape of batch, also over many calls.
+    ``weight`` 0 (padding) and, in the default metrics, of label -1 don't count. A row with a NaN
+    logit is wrong, and a label that is no class makes the default metrics NaN. The model is
+    compiled once for each shape of batch, also over many calls with the same functions: a lambda
+    written in the call is new, and compiled anew, each time.
 
     Args:
       model: the model.
       variables: ``(params, extra)``, a Flax variables dict, or a `State`, whose student is meant.
       batches: one pass over the split, as ``dataset.once(split, batch_size)`` makes it.
       metrics: name to ``(outputs, batch) -> values [B, ...]``, or to ``(values, weights)`` for
-        means over what the weights select. By default ``accuracy``, ``nll``, ``brier`` (the sum of
+        means over what the weights select; these are of the shape of the values or of its first
+        axes, such as ``[B]``. By default ``accuracy``, ``nll``, ``brier`` (the sum of
         squares over the classes) and ``ece`` (15 bins of equal width) from ``logits`` ``[B, C]``
         and ``label`` ``[B]``.
       mesh: splits each batch over devices; with several processes each passes its own rows.
@@ -52,7 +55,9 @@ def evaluate(
       Name to number; NaN where no example counts.
 
     Raises:
-      ValueError: there are no batches, or they lack an entry that is needed.
+      TypeError: model is no `Model`, or metrics no dict of functions.
+      ValueError: there are no batches, or they lack an entry that is needed; variables without a
+        student; a metric whose weights don't fit its values.
 
     Example:
       >>> import jax, jax.numpy as jnp, kdjax as kd
@@ -61,6 +66,13 @@ def evaluate(
       >>> round(kd.train.evaluate(model, ({}, {}), [batch])["accuracy"], 3)
       0.667
     """
+    if metrics is not None and not (
+        isinstance(metrics, Mapping) and all(map(callable, metrics.values()))
+    ):
+        raise TypeError(
+            f"metrics must be a dict of name -> function, got {_checks.describe(metrics)}."
+        )
+    _check_model(model)
     program = _totals_program(model, None if metrics is None else tuple(metrics.items()))
     found = _over(program, variables, batches, mesh, lambda batch, totals: totals)
     results = {}
@@ -102,6 +114,7 @@ def evaluator(
             "batches must be re-iterable, as every evaluation reads them anew, got "
             f"{_checks.describe(batches)}."
         )
+    _check_model(model)
 
     def of(state: State) -> dict[str, float]:
         return evaluate(model, state, batches, metrics=metrics, mesh=mesh)
@@ -132,6 +145,7 @@ def predict(
     """
     if jax.process_count() > 1:
         raise ValueError(f"predict must run in one process, got {jax.process_count()}.")
+    _check_model(model)
 
     def rows(batch: Batch, logits: jax.Array) -> Any:
         return logits, batch.get("index"), batch.get("weight")
@@ -190,6 +204,7 @@ def predict_labels(
       ...     stored = kd.train.predict_labels(teacher, variables, dataset, path)
       ...     return dataset.with_outputs(stored)
     """
+    _check_model(model)
     params, extra = _variables(variables)
     program = _logits_program(model)
     return kdata.store_outputs(
@@ -233,8 +248,23 @@ def _over(
     return found
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, Model):
+        raise TypeError(
+            "model must be a kdjax.Model; wrap it with kdjax.from_linen, from_nnx or from_fn, got "
+            f"{_checks.describe(model)}."
+        )
+
+
 def _variables(variables: Tree) -> tuple[Tree, Tree]:
     if isinstance(variables, State):
+        for name in ("params", "extra"):
+            part = getattr(variables, name)
+            if not isinstance(part, Mapping) or "student" not in part:
+                raise ValueError(
+                    f"variables must be a State with a student, got one whose {name} has no "
+                    "'student'; pass (params, extra) instead."
+                )
         return variables.params["student"], variables.extra["student"]
     if isinstance(variables, tuple) and len(variables) == 2:
         return variables
@@ -288,11 +318,18 @@ def _of_classes(outputs: Outputs, batch: Batch) -> dict[str, tuple[jax.Array, ja
     logits = _checks.floating("logits", outputs["logits"], ndim=2)
     label = _checks.integer("batch['label']", _checks.entry("batch", batch, "label"), ndim=1)
     _checks.shape("batch['label']", label, logits.shape[:1], "like logits")
-    known = (label >= 0).astype(logits.dtype)
+    # int8 has no room for the number of classes.
+    label = label.astype(jnp.promote_types(label.dtype, jnp.int32))
+    known = (label != -1).astype(logits.dtype)
+    # A label that is no class is a fault in the data, and NaN where it counts.
+    fault = jnp.where((label < -1) | (label >= logits.shape[-1]), jnp.nan, 0.0)
+    fault = fault.astype(logits.dtype)
     truth = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
     logp = jax.nn.log_softmax(logits)
     probs = jnp.exp(logp)
-    right = (logits.argmax(-1) == label).astype(logits.dtype)
+    # The argmax of NaN is class 0.
+    right = (logits.argmax(-1) == label) & ~jnp.isnan(logits).any(-1)
+    right = right.astype(logits.dtype) + fault
     confidence = probs.max(-1)
     # The bins of kdjax.metrics: the gap between confidence and accuracy is summed within each.
     edges = jnp.asarray(np.arange(1, _BINS) / _BINS, probs.dtype)
@@ -301,22 +338,30 @@ def _of_classes(outputs: Outputs, batch: Batch) -> dict[str, tuple[jax.Array, ja
     picked = jnp.take_along_axis(logp, jnp.maximum(label, 0)[:, None], axis=-1)[:, 0]
     values = {
         "accuracy": right,
-        "nll": -picked,
-        "brier": jnp.square(probs - truth).sum(-1),
+        "nll": fault - picked,
+        "brier": jnp.square(probs - truth).sum(-1) + fault,
     }
     found = {name: _total(name, value, known, batch) for name, value in values.items()}
-    by_bin, _ = _total("ece", gap, jnp.broadcast_to(known[:, None], gap.shape), batch, axis=0)
+    by_bin, _ = _total("ece", gap, known, batch, axis=0)
     return {**found, "ece": (by_bin, found["accuracy"][1])}
 
 
 def _total(
     name: str, values: Any, weights: Any, batch: Batch, *, axis: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    values = jnp.asarray(values)
+    values = _checks.as_array(f"the values of metrics[{name!r}]", values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if values.ndim == 0:
         raise ValueError(f"metrics[{name!r}] must return per-example values, got a scalar.")
-    weights = jnp.ones((), values.dtype) if weights is None else jnp.asarray(weights, values.dtype)
+    weights = _checks.as_array(
+        f"the weights of metrics[{name!r}]", 1.0 if weights is None else weights
+    ).astype(values.dtype)
+    if weights.shape != values.shape[: weights.ndim]:
+        raise ValueError(
+            f"the weights of metrics[{name!r}] must have the shape of its values, {values.shape}, "
+            f"or of their first axes, got {weights.shape}."
+        )
+    weights = jnp.expand_dims(weights, tuple(range(weights.ndim, values.ndim)))
     weights = jnp.broadcast_to(weights, values.shape)
     if "weight" in batch:
         example = jnp.asarray(batch["weight"], values.dtype)

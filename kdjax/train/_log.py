@@ -166,9 +166,12 @@ def nulls(value: Any) -> Any:
 
 
 def read(file: Path) -> list[Record]:
-    """The lines of a metrics file; a line that was cut by a kill is left out."""
+    """The lines of a metrics file; one that was cut by a kill or is damaged is left out."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        # JSON lines are written in ASCII, so this stands for bytes that couldn't be decoded.
+        if "\ufffd" in line:
+            continue
         try:
             record = json.loads(line)
         except ValueError:

@@ -52,9 +52,10 @@ def fit(
     checkpoint; one that has ended returns its State at once. On GPU, the same bits need
     ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 
-    Ctrl-C and SIGTERM finish the step, save, and raise KeyboardInterrupt; a second Ctrl-C stops at
-    once. A loss or parameters that aren't finite are never saved. With several processes all must
-    make the same call; they decide together to stop, and process 0 writes the logs.
+    A folder has one run at a time. Ctrl-C and SIGTERM finish the step, save, and raise
+    KeyboardInterrupt; in one process also while the data keeps the loop waiting. A second Ctrl-C
+    stops at once. A loss or parameters that aren't finite are never saved. With several processes
+    all must make the same call; they decide together to stop, and process 0 writes the logs.
 
     Args:
       learner: from `kdjax.minimize`, or any `Learner`.
@@ -88,7 +89,8 @@ def fit(
 
     Raises:
       ValueError: an argument out of range; data that ended early (its State is saved first); a
-        checkpoint of another model, key or data, or a damaged one (nothing is overwritten).
+        checkpoint of another model, key or data, or a damaged one (nothing is overwritten); a
+        folder that can't be written or that another run is writing to.
       FloatingPointError: a loss or a parameter became NaN or infinite; it names step and term.
       KeyboardInterrupt: after Ctrl-C or SIGTERM.
 
@@ -108,6 +110,11 @@ def fit(
       5
     """
     _feed.check(data)
+    if not callable(getattr(learner, "update", None)):
+        raise TypeError(
+            "learner must be a Learner, as kdjax.minimize(method, optimizer) makes, got "
+            f"{_checks.describe(learner)}."
+        )
     if not isinstance(state, State):
         raise TypeError(f"state must be a kdjax.State from init, got {_checks.describe(state)}.")
     if best is not None and (evaluate is None or checkpoint is None):

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kdjax import _checks, parallel
+from kdjax import data as kdata
 from kdjax._pairs import State, Tree
 from kdjax.train import _log, _plot, _resume, _signals, _trees
 from kdjax.train._checkpoint import Checkpoints
@@ -88,14 +89,15 @@ class Run:
     def train(
         self,
         update: Callable[..., tuple[State, Tree]],
-        batches: Iterator[dict[str, Any]],
+        batches: kdata.Prefetch,
         *,
         frozen: Tree,
     ) -> State:
         plan, history, several = self.plan, self.history, self.plan.per_call > 1
         alone, first = jax.process_count() == 1, True
         kind = _trees.summary(self.state)
-        for batch in batches:
+        # Several processes leave a wait together or not at all.
+        for batch in batches.until(lambda: alone and self.stop.signal is not None):
             shape = np.shape(next(iter(batch.values()), ()))
             size = shape[1] if several else 1
             self.state, metrics = update(self.state, batch, frozen)
@@ -119,6 +121,8 @@ class Run:
             if stopping or plan.due(plan.save, self.step) or plan.due(plan.eval, self.step):
                 self._pause(stopping)
         if self.step < plan.steps:
+            if alone and self.stop.signal is not None:
+                self._pause(True)
             self._ended_early()
         self._fetch()
         self._check_params()

@@ -192,7 +192,7 @@ def test_npz_names_validation(tmp_path, bad):
     arrays = {f"x_{s}": np.zeros((4, 2, 2), np.uint8) for s in ("train", "test")}
     arrays |= {f"y_{s}": np.array([0, 1, 0, 1]) for s in ("train", "test")}
     np.savez(tmp_path / "file.npz", **arrays)
-    with pytest.raises((ValueError, TypeError), match="^validation must be") as caught:
+    with pytest.raises((ValueError, TypeError), match=r"^validation must be") as caught:
         data.npz(tmp_path / "file.npz", validation=bad)
     assert "\n" not in str(caught.value)
     for good in (0.5, 2, np.int64(2), np.float32(0.5)):

@@ -238,13 +238,18 @@ def test_signals_finish_the_step_save_and_stop(tmp_path, number):
     assert tiny.same(tiny.run(tmp_path, 40), bare(40)[0])
 
 
+def interrupt_after(seconds):
+    main = threading.main_thread().ident
+    threading.Timer(seconds, signal.pthread_kill, [main, signal.SIGINT]).start()
+
+
 def blocking(at, released):
     """Data that never has the batch of a step, and asks for a stop once it is waited for."""
 
     def data(step):
         for batch in tiny.Data().from_step(step):
             if step == at:
-                threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+                interrupt_after(0.3)
                 released.wait(60)
             yield batch
             step += 1
@@ -267,7 +272,7 @@ def test_ctrl_c_while_the_data_blocks(tmp_path, at):
 def test_a_second_ctrl_c_stops_at_once_while_the_data_blocks(monkeypatch):
     monkeypatch.setattr(_run.Run, "_pause", lambda self, stopping: released.wait(60))
     released, begun = threading.Event(), time.monotonic()
-    threading.Timer(1.5, signal.raise_signal, [signal.SIGINT]).start()
+    interrupt_after(1.5)
     try:
         with pytest.raises(KeyboardInterrupt):
             fit(tiny.LEARNER, tiny.start(), blocking(2, released), steps=9, **OFF)
