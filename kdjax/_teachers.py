@@ -139,7 +139,8 @@ def variables(frozen: Tree) -> tuple[Tree, Tree]:
         return frozen["params"], {k: v for k, v in frozen.items() if k != "params"}
     raise ValueError(
         "frozen must be the teacher's variables: (params, extra), a Flax variables dict with "
-        f"'params', or a list of these for an ensemble, got {_checks.describe(frozen)}."
+        "'params', kdjax.nnx_variables(module), or a list of these for an ensemble, got "
+        f"{_checks.describe(frozen)}."
     )
 
 

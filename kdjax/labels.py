@@ -246,6 +246,8 @@ def from_top_k(
     dtype = jnp.promote_types(values.dtype, rest.dtype)
     each = rest.astype(dtype) - np.log(max(num_classes - kept, 1)).astype(dtype)
     dense = jnp.broadcast_to(each[..., None], (*each.shape, num_classes))
+    if indices.dtype != jnp.int64:  # narrower ones can't be compared with the number of classes
+        indices = indices.astype(jnp.int32)
     dense = jnp.put_along_axis(dense, indices, values.astype(dtype), axis=-1, inplace=False)
     return jax.lax.stop_gradient(dense)
 

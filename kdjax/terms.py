@@ -145,11 +145,19 @@ def matching(
     ) -> Any:
         given = [_student(student_out, student), _teacher(teacher_out, teacher)]
         keywords = {name: at(value, step) for name, value in options.items()}
-        if labels is None:
-            return loss(*given, **keywords, **axis)
-        label = jnp.asarray(_checks.entry("batch", batch, labels))
-        values = loss(*given, label, **keywords, **axis)
-        if coupled or isinstance(values, tuple):
+        label = None
+        if labels is not None:
+            label = jnp.asarray(_checks.entry("batch", batch, labels))
+            given.append(label)
+        values = loss(*given, **keywords, **axis)
+        if coupled:
+            return values
+        if jnp.ndim(values[0] if isinstance(values, tuple) else values) == 0:
+            raise ValueError(
+                "loss must return one value per example, got a scalar, which would count padding; "
+                "reduce over the other axes only, or pass coupled=True for a loss of the batch."
+            )
+        if label is None or isinstance(values, tuple):
             return values
         return values, labelled(label).astype(values.dtype)
 

@@ -289,6 +289,33 @@ def test_mixup_mixes_images_and_labels_alike():
     np.testing.assert_array_equal(none["image"], images)
 
 
+def test_mixup_labels_of_any_integer_type():
+    label = np.array([0, 100, 127, 3])
+    batch = {"image": jnp.zeros((4, 2, 2, 1))}
+    mix = quick(partial(augment.mixup, alpha=1.0, num_classes=300))
+    wanted = mix(jax.random.key(1), {**batch, "label": label.astype(np.int32)})["label"]
+    assert wanted[:, [0, 3, 100, 127]].sum() == pytest.approx(4)
+    for dtype in (np.int8, np.uint8):
+        mixed = mix(jax.random.key(1), {**batch, "label": label.astype(dtype)})
+        np.testing.assert_array_equal(mixed["label"], wanted)
+
+
+def test_mixup_labels_that_are_no_class():
+    """An error where labels have values, NaN in every row mixed from them where they are traced."""
+    batch = {"image": jnp.zeros((6, 2, 2, 1))}
+    for dtype, wrong in ((np.int8, 127), (np.int32, -2), (np.int32, 5)):
+        label = np.array([0, 1, wrong, 4, -1, 2], dtype)
+        mix = partial(augment.mixup, jax.random.key(1), num_classes=5)
+        with pytest.raises(ValueError, match=rf"^batch\['label'\] must hold class.*got {wrong}\.$"):
+            mix({**batch, "label": label})
+        rows = np.asarray(quick(mix)({**batch, "label": label})["label"])
+        partner = np.asarray(jax.random.permutation(jax.random.split(jax.random.key(1))[0], 6))
+        np.testing.assert_array_equal(
+            np.isnan(rows).all(axis=1), (label == wrong) | (label[partner] == wrong)
+        )
+        assert not np.isnan(rows[(label != wrong) & (label[partner] != wrong)]).any()
+
+
 def test_mixup_shares_follow_the_beta_law():
     """Mean 1/2 and variance 1 / (4 (2 alpha + 1)), read off images that are all zero but one."""
     label = jnp.zeros(4000, int)

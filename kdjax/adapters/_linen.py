@@ -12,6 +12,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 
+from kdjax import _checks
 from kdjax.adapters import _taps, _train_flag, _variables
 from kdjax.core import Model
 
@@ -81,8 +82,10 @@ def from_linen(
       ((2, 10), (2, 8))
     """
     if not isinstance(module, nn.Module):
-        hint = "; pass an instance" if isinstance(module, type) else ""
-        raise TypeError(f"module must be a Flax Linen module, got {module!r}{hint}.")
+        hint = "; pass an instance" if isinstance(module, type) else "; see from_nnx, from_fn"
+        raise TypeError(
+            f"module must be a Flax Linen module, got {_checks.describe(module)}{hint}."
+        )
     wanted = _taps.parse(taps)
     subtrees = _taps.parse_expose(expose, wanted)
     dtype = _variables.check_dtype(dtype)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as linen
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,8 @@ def load_nnx(module: nnx.Module, params: Any, extra: Any) -> nnx.Module:
 
 def _abstract(module: Any) -> tuple[nnx.Module, tuple[Any, Any] | None]:
     """The module without arrays, and the initial values if it came with some."""
+    if isinstance(module, linen.Module):
+        raise TypeError("module must be a Flax NNX module, got a Linen one: use kdjax.from_linen.")
     if isinstance(module, nnx.Module):
         start = nnx_variables(module)
         shapes = nnx.eval_shape(lambda: nnx.clone(module))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdjax import _checks
 from kdjax.augment import _draws
@@ -26,7 +27,7 @@ def mixup(key: jax.Array, batch: Mapping[str, Any], *, alpha: Any = 0.2, num_cla
     Args:
         key: one typed key. Partners are drawn within the batch as the function sees it, so under
             shard_map and pmap within each device's part.
-        batch: dict with ``image`` [B, H, W, C] and ``label`` [B], whole numbers from -1.
+        batch: dict with ``image`` [B, H, W, C] and ``label`` [B], integers from -1 to C-1.
         alpha: at least 0; 0 changes no image. The paper uses 1 for CIFAR, 0.2 for ImageNet.
         num_classes: C, at least 1.
 
@@ -34,7 +35,8 @@ def mixup(key: jax.Array, batch: Mapping[str, Any], *, alpha: Any = 0.2, num_cla
         The batch with ``image`` [B, H, W, C], ``label`` float [B, C], other entries as they were.
 
     Raises:
-        ValueError: batch has no image or label, or alpha is negative.
+        ValueError: batch has no image or label, alpha is negative, or a label is outside -1 .. C-1
+            (inside jit, where labels have no values yet, the rows mixed from it are NaN).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -49,8 +51,9 @@ def mixup(key: jax.Array, batch: Mapping[str, Any], *, alpha: Any = 0.2, num_cla
     """
     images = to_float(_checks.entry("batch", batch, "image"))
     label = _checks.integer("batch['label']", _checks.entry("batch", batch, "label"), ndim=1)
-    alpha = jnp.asarray(_checks.number("alpha", alpha, low=0), images.dtype)
     classes = _checks.count("num_classes", num_classes)
+    label, invalid = _class_indices(label, classes)
+    alpha = jnp.asarray(_checks.number("alpha", alpha, low=0), images.dtype)
     if jnp.shape(key) != ():
         raise ValueError(f"key must be one typed key, got {_checks.describe(key)}.")
     _draws.keys(key, images)
@@ -66,11 +69,27 @@ def mixup(key: jax.Array, batch: Mapping[str, Any], *, alpha: Any = 0.2, num_cla
     target = share[:, None] * target + (1 - share[:, None]) * target[partner]
     mixed = dict(batch)
     mixed["image"] = pixel_share * images + (1 - pixel_share) * images[partner]
-    mixed["label"] = jnp.where(known, target, 0.0)
+    invalid = (invalid | invalid[partner])[:, None]
+    mixed["label"] = jnp.where(invalid, jnp.nan, jnp.where(known, target, 0.0))
     if "weight" in batch:
         weight = jnp.asarray(batch["weight"])
         mixed["weight"] = weight * weight[partner]
     return mixed
+
+
+def _class_indices(label: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Labels wide enough for every class, and where a traced one is no class and not -1."""
+    if not _checks.is_traced(label):
+        known = np.asarray(label)
+        wrong = known[(known < -1) | (known >= num_classes)]
+        if wrong.size:
+            raise ValueError(
+                f"batch['label'] must hold class indices from 0 to {num_classes - 1}, or -1 for "
+                f"unlabelled rows, got {wrong.flat[0]}."
+            )
+    if label.dtype != jnp.int64:
+        label = label.astype(jnp.int32)
+    return label, (label < -1) | (label >= num_classes)
 
 
 def compose(*functions: Callable[..., Any]) -> Callable[[jax.Array, Mapping[str, Any]], Batch]:

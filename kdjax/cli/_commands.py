@@ -55,6 +55,8 @@ def _run_distill(arguments: Sequence[str]) -> int:
     options = _parse(_options.Distill, "distill", arguments)
     out = _distill.out_folder(options.run)
     known = _distill.remembered(out) if options.run.resume else None
+    if options.run.resume and known is None:
+        raise ValueError(f"out must be the folder of a run to resume, got {out}, which holds none.")
     if known is not None:
         # What was typed now wins, so that a contradiction is seen and answered.
         options = _parse(_options.Distill, "distill", arguments, known)

@@ -88,7 +88,8 @@ class Student:
     learning_rate: float = 0.03
     """Peak learning rate of the students (AdamW, cosine decay)."""
     augmentation: Augmentation = None
-    """Of the students' images; default affine up to 16 pixels, else none.
+    """Of the students' images; default affine up to 16 pixels, else none, and none with
+    --teacher-labels, which are of the images as they are.
     affine: up to 5 degrees of rotation, 5 % of shift and zoom.
     affine_wide: up to 10 degrees, 10 %.
     crop_flip: up to 4 pixels of shift, mirror images.

@@ -264,7 +264,7 @@ def _curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; one that a kill has cut is left out."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

@@ -7,29 +7,74 @@ both sides add nothing, to the value or to the gradient; a row needs at least on
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 
 def kl_parts(
     p_logits: jax.Array, q_logits: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """KL(p || q) of softmax(. / T) over the last axis, and the log-sum-exp of both sides.
-
-    With p and q the shifted and tempered logits and S the sums of their exponentials,
-
-        KL = sum(e^p (p - q)) / S_p + log S_q - log S_p
-
-    takes one exponential per logit, and neither softmax nor log-softmax goes through memory.
-    """
+    """KL(p || q) of softmax(. / T) over the last axis, and the log-sum-exp of both sides."""
     p, p_max = _shift(p_logits, temperature)
     q, q_max = _shift(q_logits, temperature)
+    log_p_sum = jnp.log(jnp.sum(jnp.exp(p), axis=-1))
+    log_q_sum = jnp.log(jnp.sum(jnp.exp(q), axis=-1))
+    return _kl(p, q), log_p_sum + p_max / temperature, log_q_sum + q_max / temperature
+
+
+@jax.custom_jvp
+def _kl(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL(softmax(p) || softmax(q)) over the last axis for logits with maximum 0, never negative.
+
+    With d_c the difference of the log-probabilities of q and p, and S_p the sum of e^p,
+
+        KL = -sum_c p_c d_c = sum_c e^p_c (e^d_c - 1 - d_c) / S_p
+
+    because both sides' probabilities sum to 1. Terms of the second sum are of the size of the
+    result, where those of the first cancel: at a high temperature, or for a student close to its
+    teacher, that leaves none of its digits in float32.
+    """
+    weights, q_weights = jnp.exp(p), jnp.exp(q)
+    p_sum = jnp.sum(weights, axis=-1)
+    ratio = p_sum / jnp.sum(q_weights, axis=-1)
+    gap = q - p + jnp.log(ratio)[..., None]
+    # A class whose e^p vanishes still adds its e^(p + d), and d can't overflow e^d in the others.
+    terms = jnp.where(
+        _counts(weights),
+        weights * (jnp.expm1(gap) - gap),
+        q_weights * ratio[..., None],
+    )
+    return jnp.maximum(jnp.sum(terms, axis=-1) / p_sum, 0)
+
+
+def _counts(weights: jax.Array) -> jax.Array:
+    """Where e^p is large enough that e^p times any finite d matters; the others are next to 0."""
+    limits = jnp.finfo(weights.dtype)
+    return weights > float(limits.tiny) / float(limits.eps)
+
+
+def _kl_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    """softmax(q) - softmax(p) for q: finite and without another exponential."""
+    p, q = primals
     weights = jnp.exp(p)
-    p_sum, q_sum = jnp.sum(weights, axis=-1), jnp.sum(jnp.exp(q), axis=-1)
-    gap = jnp.sum(weights * jnp.where(weights > 0, p - q, 0), axis=-1) / p_sum
-    log_p_sum, log_q_sum = jnp.log(p_sum), jnp.log(q_sum)
-    divergence = gap + log_q_sum - log_p_sum
-    return divergence, log_p_sum + p_max / temperature, log_q_sum + q_max / temperature
+    p_sum = jnp.sum(weights, axis=-1)
+    tangent = jnp.zeros_like(p_sum)
+    if not isinstance(tangents[0], SymbolicZero):
+        gap = jnp.where(_counts(weights), q - p, 0)
+        mean = jnp.sum(weights * gap, axis=-1) / p_sum
+        deviation = weights * (mean[..., None] - gap)
+        tangent += jnp.sum(deviation * tangents[0], axis=-1) / p_sum
+    if not isinstance(tangents[1], SymbolicZero):
+        q_weights = jnp.exp(q)
+        q_mean = jnp.sum(q_weights * tangents[1], axis=-1) / jnp.sum(q_weights, axis=-1)
+        tangent += q_mean + jnp.sum(weights * tangents[1], axis=-1) * (-1 / p_sum)
+    return _kl(p, q), tangent
+
+
+_kl.defjvp(_kl_jvp, symbolic_zeros=True)
 
 
 def cross_entropy(p_logits: jax.Array, q_logits: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ class ClassLabels(NamedTuple):
     """Checked integer labels.
 
     Attributes:
-        classes: [...] integer, as given (-1 for unlabelled rows).
+        classes: [...] int32 (int64 stays), -1 for unlabelled rows.
         unlabelled: [...] bool, True where the label is -1.
         invalid: [...] bool, True where a traced label is not a class index.
     """
@@ -97,7 +97,8 @@ def class_labels(labels: ArrayLike, logits: jax.Array, mask: jax.Array | None) -
                 f"labels must be class indices from 0 to {num_classes - 1}, or {UNLABELLED} for "
                 f"unlabelled rows, got {wrong.flat[0]}."
             )
-    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
+    if labels.dtype != jnp.int64:
+        # Compared in a narrower type, class indices beyond its range would wrap around.
         labels = labels.astype(jnp.int32)
     return ClassLabels(
         classes=labels,

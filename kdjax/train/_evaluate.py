@@ -232,6 +232,11 @@ def _over(
     """Runs a program over all batches and fetches what is kept of each, a few calls late."""
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
         raise TypeError(f"batches must be an iterable of dicts, got {_checks.describe(batches)}.")
+    if isinstance(batches, kdata.Batches) and batches.epochs is None:
+        raise ValueError(
+            "batches must end: dataset.once(split, batch_size) is one pass over a split, got "
+            "batches without epochs."
+        )
     params, extra = _variables(variables)
     if mesh is not None:
         params, extra = parallel.replicate((params, extra), mesh)

@@ -46,6 +46,9 @@ def fit(
 ) -> State:
     """Trains to a step; the same call again resumes, to the bit, where the last one stopped.
 
+    A run is known by its model, optimizer, starting key and data, not by its hyperparameters and
+    teachers: give every experiment a folder of its own.
+
     With ``checkpoint``, the folder gets checkpoints (the State, by orbax, in the background),
     ``metrics.jsonl`` (one object for each logged step; NaN is null) and ``curves.png`` (where
     matplotlib is installed). A run that was killed at any moment continues from its newest
@@ -144,6 +147,8 @@ def fit(
             state, data, steps=plan.steps, checkpoints=checkpoints, mesh=mesh, fsdp=fsdp
         )
         result = begun.state
+        if begun.step >= plan.steps and progress and parallel.is_main():
+            print(f"{checkpoint or 'state'} is at step {begun.step} already: nothing to train.")
         if begun.step < plan.steps:
             groups = _feed.grouped(
                 functools.partial(_feed.from_step, data, begun.step),

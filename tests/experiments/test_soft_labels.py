@@ -59,7 +59,7 @@ def test_report_holds_what_it_says(first):
     assert found.rows == found.alone.labels == found.teacher.labels == 90
     assert found.gain == measures.gain(found.alone.accuracy.values, found.distilled.accuracy.values)
     assert found.distilled.compression == 1.0
-    assert found.distilled.parameters == 36 * 32 + 32 + 32 * 3 + 3
+    assert found.distilled.parameters == 36 * 64 + 64 + 64 * 3 + 3
     assert found.alone.agreement is not None
     assert found.teacher.agreement is None
     for row in found.models():

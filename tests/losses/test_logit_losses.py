@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from losses import oracles
 
-from kdjax import losses
+from kdjax import labels, losses
+from kdjax.losses._divergences import kl_parts
 
 HERE = Path(__file__).parent
 RANDOM = np.random.default_rng(11)
@@ -265,6 +267,89 @@ def test_full_smoothing_forgets_the_label():
     np.testing.assert_allclose(one, two, rtol=1e-6)
 
 
+# --- digits ---------------------------------------------------------------------------------
+
+
+def exact_kl(p, q, temperature):
+    p, q = [log_softmax(np.asarray(z, np.float64) / temperature) for z in (p, q)]
+    return temperature**2 * np.sum(np.exp(p) * (p - q), axis=-1)
+
+
+def both_kls(s, t, temperature):
+    """Values and student gradients of both directions, with what they should be."""
+
+    @jax.jit
+    def program(s, t, temperature):
+        results = []
+        for loss in (losses.soft_label_kl, losses.reverse_kl):
+            value, pull = jax.vjp(lambda s, f=loss: f(s, t, temperature=temperature), s)
+            results.append((value, pull(jnp.ones_like(value))[0]))
+        return results
+
+    log_p, log_q = [log_softmax(np.asarray(z, np.float64) / temperature) for z in (t, s)]
+    forward, backward = exact_kl(t, s, temperature), exact_kl(s, t, temperature)
+    each = np.exp(log_q) * (temperature * (log_q - log_p) - backward[:, None] / temperature)
+    gradients = temperature * (np.exp(log_q) - np.exp(log_p)), each
+    return zip(program(s, t, temperature), (forward, backward), gradients, strict=True)
+
+
+@pytest.mark.parametrize(("temperature", "tolerance"), [(20, 2e-6), (100, 1e-5), (1000, 1e-4)])
+def test_a_high_temperature_leaves_digits(temperature, tolerance):
+    s, t = np.random.default_rng(3).standard_normal((2, 16, 100)).astype(np.float32)
+    for (value, gradient), wanted, wanted_gradient in both_kls(s, t, float(temperature)):
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, wanted, rtol=tolerance)
+        size = np.abs(wanted_gradient).max()
+        np.testing.assert_allclose(gradient, wanted_gradient, atol=2e-7 * temperature * size)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(("apart", "tolerance"), [(0.1, 1e-5), (1e-2, 1e-4), (1e-3, 1e-3)])
+def test_a_student_close_to_its_teacher_leaves_digits(apart, tolerance, temperature):
+    t, noise = np.random.default_rng(4).standard_normal((2, 16, 100))
+    t = t.astype(np.float32)
+    s = (t + apart * noise).astype(np.float32)
+    for (value, _), wanted, _ in both_kls(s, t, temperature):
+        np.testing.assert_allclose(value, wanted, rtol=tolerance)
+
+
+def test_divergences_are_never_negative():
+    t, noise = np.random.default_rng(5).standard_normal((2, 64, 10)).astype(np.float32)
+    for apart in (0, 1e-7, 1e-5, 1e-3, 1):
+        for temperature in (1.0, 50.0, 1e4):
+            for (value, _), _, _ in both_kls(t + np.float32(apart) * noise, t, temperature):
+                assert np.all(value >= 0)
+
+
+@pytest.mark.parametrize("spread", [10, 100, 1e4])
+def test_digits_of_a_divergence_between_extremes(spread):
+    """Probabilities that vanish in float32 on either side, and mass where the other has none."""
+    s, t = (spread * np.random.default_rng(6).standard_normal((2, 64, 30))).astype(np.float32)
+    s[:16] = t[:16] + np.float32(0.01) * s[:16] / np.float32(spread)
+    for (value, gradient), wanted, wanted_gradient in both_kls(s, t, 1.0):
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+        # The gradient of the reverse one is a difference of numbers as large as the value.
+        atol = 1e-6 + 2e-7 * wanted.max()
+        np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-4, atol=atol)
+    # e^(p - max) underflows, q of that class does not: 2e-5, and log 2.
+    p = np.float32([[100, 0], [120, 0], [200, 0]])
+    q = np.float32([[100, 89.2], [90, 90], [1000, 1000]])
+    value = losses.soft_label_kl(q, p)
+    np.testing.assert_allclose(value, exact_kl(p, q, 1), rtol=1e-5)
+
+
+def test_gradients_of_divergences_through_everything():
+    """Both arguments and the temperature, forwards and backwards, twice."""
+    s, t = STUDENT[:3], TEACHER[:3]
+
+    def divergence(p, q, temperature):
+        return kl_parts(p, q, temperature)[0].sum()
+
+    with jax.enable_x64(True):
+        arguments = tuple(map(jnp.asarray, (t, s, 2.5)))
+        check_grads(jax.jit(divergence), arguments, order=2, rtol=1e-4, eps=1e-5)
+
+
 # --- invariances ----------------------------------------------------------------------------
 
 
@@ -479,6 +564,31 @@ def test_labels_that_are_no_class(name):
         np.testing.assert_array_equal(
             LABELLED[name](student, LABELS.astype(dtype)), LABELLED[name](student, LABELS)
         )
+
+
+def test_labels_narrower_than_the_classes():
+    """300 classes: neither their indices nor their number fit into int8, or uint8."""
+    s, t = np.random.default_rng(8).standard_normal((2, 4, 300)).astype(np.float32)
+    given = np.array([0, 44, 127, 1])
+
+    @jax.jit
+    def program(y):
+        return (
+            losses.hard_label_cross_entropy(s, y),
+            losses.hard_label_cross_entropy(s, y, smoothing=0.2),
+            losses.dkd(s, t, y),
+            losses.nkd(s, t, y),
+        )
+
+    wanted = program(given.astype(np.int32))
+    for dtype in (np.int8, np.uint8):
+        np.testing.assert_allclose(program(given.astype(dtype)), wanted, rtol=1e-6)
+        value = losses.hard_label_cross_entropy(s, given.astype(dtype), smoothing=0.2)
+        np.testing.assert_allclose(value, wanted[1], rtol=1e-6)
+    rows, rest = np.full((4, 1), -1, np.float32), np.full(4, -1, np.float32)
+    for dtype in (np.int8, np.uint8):
+        dense = labels.from_top_k(rows, given[:, None].astype(dtype), rest, num_classes=300)
+        assert np.argmax(dense, axis=-1).tolist() == given.tolist()
 
 
 def test_labels_of_other_kinds():
