@@ -200,9 +200,11 @@ def from_top_k(
 
         log p_c = the stored value, or rest - log(C - k) where c was not kept
 
-    They serve as teacher logits at temperature 1: the storing temperature is already in them, so
-    give the loss the student's logits divided by it (and its square as weight). With k = C they
-    are all of the teacher. Values rounded to float16 need no renormalising: the loss's softmax
+    The storing temperature T is already in them: T times them are the teacher's logits for a loss
+    at that temperature, up to a shift, as in
+    ``kd.from_batch(logits=lambda batch: T * kd.labels.from_top_k(batch["teacher_values"],
+    batch["teacher_indices"], batch["teacher_rest"], num_classes=C))`` with
+    ``kd.terms.soft_labels(temperature=T)``. With k = C they are all of the teacher. Values rounded to float16 need no renormalising: the loss's softmax
     does it.
 
     Args:

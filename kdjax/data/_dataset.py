@@ -291,6 +291,9 @@ class Dataset:
     def with_outputs(self, stored: StoredOutputs, *, name: str = "teacher") -> Dataset:
         """Adds a teacher's stored outputs to every batch of the split they were made from.
 
+        ``kdjax.from_batch(logits="teacher_logits")`` is the teacher that reads them; for a top-k
+        store see ``kdjax.labels.from_top_k``.
+
         Args:
             stored: from ``stored_outputs`` or ``store_outputs``.
             name: entries are called ``{name}_logits`` [B, C], or for a top-k store
