@@ -200,12 +200,17 @@ def from_top_k(
 
         log p_c = the stored value, or rest - log(C - k) where c was not kept
 
-    The storing temperature T is already in them: T times them are the teacher's logits for a loss
-    at that temperature, up to a shift, as in
-    ``kd.from_batch(logits=lambda batch: T * kd.labels.from_top_k(batch["teacher_values"],
-    batch["teacher_indices"], batch["teacher_rest"], num_classes=C))`` with
-    ``kd.terms.soft_labels(temperature=T)``. With k = C they are all of the teacher. Values rounded to float16 need no renormalising: the loss's softmax
-    does it.
+    The storing temperature T is already in them: T times them are the teacher's logits, up to a
+    shift, for a loss at that temperature. As a teacher for ``soft_labels(temperature=T)``:
+
+        def logits(batch):
+            kept = batch["teacher_values"], batch["teacher_indices"], batch["teacher_rest"]
+            return T * kd.labels.from_top_k(*kept, num_classes=C)
+
+        teacher = kd.from_batch(logits=logits)
+
+    With k = C they are all of the teacher. Values rounded to float16 need no
+    renormalising: the loss's softmax does it.
 
     Args:
         values: [..., k] floating point, log-probabilities.
