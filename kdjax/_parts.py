@@ -11,6 +11,25 @@ from kdjax import _checks
 from kdjax._pairs import Batch, Outputs, Part
 
 
+def finite_padding(batch: Batch) -> Batch:
+    """The batch with zeros for what isn't finite in rows of weight 0.
+
+    A NaN there would pass into the gradients, as 0 times NaN is NaN.
+    """
+    if "weight" not in batch:
+        return batch
+    counts = jnp.asarray(batch["weight"]) > 0
+
+    def one(x: Any) -> Any:
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape[:1] != counts.shape:
+            return x
+        keep = counts.reshape(counts.shape + (1,) * (x.ndim - 1))
+        return jnp.where(keep | jnp.isfinite(x), x, 0)
+
+    return {name: jax.tree.map(one, entry) for name, entry in batch.items()}
+
+
 def part_of(
     name: str, weight: Any, value: Any, coupled: bool, batch: Batch, axis_name: str | None
 ) -> Part:

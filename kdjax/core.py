@@ -27,7 +27,7 @@ from kdjax._pairs import (
     Term,
     Tree,
 )
-from kdjax._parts import accuracy_of, part_of
+from kdjax._parts import accuracy_of, finite_padding, part_of
 from kdjax._teachers import check_variables, ensemble, from_batch, teach
 
 __all__ = [
@@ -72,8 +72,8 @@ def distill(
       variables dict, or a list of either for an `ensemble`. Its metrics are ``loss``,
       ``loss/<name>`` for each term and, when the batch has labels, ``accuracy`` of the student in
       training mode over the labelled rows (NaN when there are none). A batch entry ``weight``
-      ``[B]``, non-negative, weights the examples of every per-example term; 0 marks padding, which
-      a batch-coupled term sees all the same.
+      ``[B]``, non-negative, weights the examples of every per-example term; 0 marks padding, whose
+      entries may even be NaN. Batch-coupled terms and batch statistics see it all the same.
 
     Raises:
       TypeError: a term is not a ``(weight, Term)`` pair.
@@ -138,6 +138,7 @@ def distill(
         key: jax.Array,
         axis_name: str | None = None,
     ) -> tuple[dict[str, Part], tuple[Tree, dict[str, Part]]]:
+        batch = finite_padding(batch)
         student_key, terms_key = jax.random.split(key)
         if axis_name is not None:  # otherwise all devices would drop the same units
             student_key = jax.random.fold_in(student_key, jax.lax.axis_index(axis_name))

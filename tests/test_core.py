@@ -104,11 +104,13 @@ def test_weights_and_values_give_a_weighted_mean():
     )
 
 
-def test_teacher_outputs_of_rows_of_weight_zero_may_be_nan():
+@pytest.mark.parametrize("entry", ["image", "teacher_logits"])
+def test_rows_of_weight_zero_may_hold_nan(entry):
     data = {**batch(), "teacher_logits": jnp.ones((16, 5)).at[:, 0].set(2.0)}
     data["weight"] = jnp.ones(16).at[3].set(0.0)
-    spoilt = {**data, "teacher_logits": data["teacher_logits"].at[3].set(jnp.nan)}
-    method = kd.distill(plain(), kd.from_batch(logits="teacher_logits"), SOFT)
+    spoilt = {**data, entry: data[entry].at[3].set(jnp.nan)}
+    terms = {"hard": (1.0, kd.terms.hard_labels()), **SOFT}
+    method = kd.distill(plain(), kd.from_batch(logits="teacher_logits"), terms)
     _, expected = one_update(method, None, data)
     _, found = one_update(method, None, spoilt)
     assert_close(found, expected)
