@@ -168,6 +168,7 @@ def test_a_step_that_does_more_is_found(overhead):
     assert report["ours"]["flops"] > 1.2 * report["bare"]["flops"]
 
 
+@pytest.mark.slow
 def test_step_overhead_runs(tmp_path):
     file = tmp_path / "numbers.json"
     script = [sys.executable, str(FOLDER / "step_overhead.py")]

@@ -36,6 +36,7 @@ def arguments(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_say_what_was_done(script, arguments, capsys):
     script.main([*arguments, "--settings", "few", "few-few"])
     printed = capsys.readouterr().out
