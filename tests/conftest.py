@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
-import jax  # noqa: E402
+import jax
 
 # Eight fake devices let one machine check data parallelism; a cache on disk lets parallel test
 # workers and repeated runs share compiled programs.
