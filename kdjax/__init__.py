@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         parallel,
         schedules,
         terms,
+        theory,
         train,
     )
     from kdjax.adapters import from_fn, from_linen, from_nnx, load_nnx, nnx_variables
@@ -74,6 +75,7 @@ _ROOMS = (
     "parallel",
     "schedules",
     "terms",
+    "theory",
     "train",
 )
 
@@ -105,6 +107,7 @@ __all__ = [
     "parallel",
     "schedules",
     "terms",
+    "theory",
     "train",
 ]
 
