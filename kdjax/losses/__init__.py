@@ -7,6 +7,18 @@ the class axis, unless its docstring calls it batch-coupled.
 
 from kdjax.losses._decoupled import dkd, nkd
 from kdjax.losses._dist import dist
+from kdjax.losses._features import (
+    center,
+    correlation_distance,
+    correlation_log_sum,
+    feature_mse,
+    group_standardize,
+    l2_normalize,
+    log_sum,
+    log_sum_shares,
+    pool,
+    standardize,
+)
 from kdjax.losses._logits import (
     generalized_jensen_shannon,
     hard_label_cross_entropy,
@@ -18,14 +30,24 @@ from kdjax.losses._logits import (
 )
 
 __all__ = [
+    "center",
+    "correlation_distance",
+    "correlation_log_sum",
     "dist",
     "dkd",
+    "feature_mse",
     "generalized_jensen_shannon",
+    "group_standardize",
     "hard_label_cross_entropy",
+    "l2_normalize",
+    "log_sum",
+    "log_sum_shares",
     "logit_mse",
     "nkd",
+    "pool",
     "reverse_kl",
     "soft_cross_entropy",
     "soft_label_kl",
+    "standardize",
     "standardize_logits",
 ]

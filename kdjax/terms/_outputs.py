@@ -1,8 +1,4 @@
-"""Losses lifted to Terms: which outputs of the student and the teacher they compare.
-
-Weights are given to `kdjax.distill` beside each Term. Hyperparameters may be numbers, arrays or
-schedules of the step; none of them recompiles the update.
-"""
+"""Terms that compare one output of the student with one of the teacher, or with the labels."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ def at(value: Any, step: jax.Array) -> Any:
     return value(step) if callable(value) else value
 
 
-def _checked(name: str, value: Any, **bounds: Any) -> None:
+def checked(name: str, value: Any, **bounds: Any) -> None:
     """Refuses a number out of range at once; arrays in a trace and schedules come later."""
     if not callable(value):
         _checks.number(name, value, **bounds)
@@ -50,7 +46,7 @@ def hard_labels(*, smoothing: Number = 0.0, label: str = "label", logits: str = 
       >>> import kdjax as kd
       >>> term = kd.terms.hard_labels(smoothing=0.1)
     """
-    _checked("smoothing", smoothing, low=0, high=1)
+    checked("smoothing", smoothing, low=0, high=1)
 
     def loss(
         tparams: Tree,
@@ -63,7 +59,7 @@ def hard_labels(*, smoothing: Number = 0.0, label: str = "label", logits: str = 
     ) -> tuple[jax.Array, jax.Array]:
         labels = jnp.asarray(_checks.entry("batch", batch, label))
         values = losses.hard_label_cross_entropy(
-            _student(student_out, logits), labels, smoothing=at(smoothing, step)
+            student_output(student_out, logits), labels, smoothing=at(smoothing, step)
         )
         return values, labelled(labels).astype(values.dtype)
 
@@ -92,7 +88,7 @@ def soft_labels(
       >>> import kdjax as kd
       >>> term = kd.terms.soft_labels(temperature=4.0)
     """
-    _checked("temperature", temperature, above=0)
+    checked("temperature", temperature, above=0)
 
     def loss(s: jax.Array, t: jax.Array, *, temperature: Any) -> jax.Array:
         if standardize:
@@ -143,7 +139,7 @@ def matching(
         key: jax.Array,
         **axis: Any,
     ) -> Any:
-        given = [_student(student_out, student), _teacher(teacher_out, teacher)]
+        given = [student_output(student_out, student), teacher_output(teacher_out, teacher)]
         keywords = {name: at(value, step) for name, value in options.items()}
         label = None
         if labels is not None:
@@ -174,11 +170,11 @@ def labelled(label: jax.Array) -> jax.Array:
     return label != -1
 
 
-def _student(outputs: Outputs, name: str) -> jax.Array:
+def student_output(outputs: Outputs, name: str) -> jax.Array:
     return _checks.entry("the student's outputs", outputs, name, "Name it in the adapter's taps=.")
 
 
-def _teacher(outputs: Outputs, name: str) -> jax.Array:
+def teacher_output(outputs: Outputs, name: str) -> jax.Array:
     if not outputs:
         raise ValueError(
             f"teacher must not be None: a term compares with the teacher's output {name!r}."
