@@ -39,6 +39,11 @@ def pool(features: ArrayLike, *, skip_tokens: int = 0) -> jax.Array:
         >>> from kdjax import losses
         >>> losses.pool(jnp.ones((8, 7, 7, 512))).shape
         (8, 512)
+
+    Reference:
+        R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
+        Distillation", AAAI 2024 (features before the classifier, averaged over
+        positions; without class and distillation token for transformers).
     """
     x = _checks.floating("features", features, min_ndim=2)
     if x.ndim > 4:
@@ -73,6 +78,10 @@ def center(
         >>> from kdjax import losses
         >>> losses.center(jnp.array([[1.0], [3.0]])).tolist()
         [[-1.0], [1.0]]
+
+    Reference:
+        R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
+        Distillation", AAAI 2024.
     """
     x, mask = _features("x", x, where)
     return blank(x - _total(x, axis_name) / _count(x, mask, axis_name), mask)
@@ -121,12 +130,12 @@ def standardize(
     _check_examples(x, axis_name)
     eps = hyperparameter("eps", eps, x.dtype, low=0)
     count = _count(x, mask, axis_name)
-    centred = blank(x - _total(x, axis_name) / count, mask)
-    variance = _total(centred**2, axis_name) / count + eps
-    some = variance > 0
-    scale = jax.lax.rsqrt(jnp.where(some, variance, 1))
-    # Written so that a NaN is passed on.
-    return centred * jnp.where(variance == 0, 0, scale + 0 * variance)
+    mean = _total(x, axis_name) / count
+    centred = blank(x - mean, mask)
+    variance = _total(centred**2, axis_name) / count
+    # A constant channel seldom equals its mean to the last digit; that isn't spread.
+    rounding = 16 * jnp.finfo(x.dtype).eps * jax.lax.stop_gradient(mean)
+    return centred * _inverse_root(jnp.where(variance <= rounding**2, 0, variance) + eps)
 
 
 def l2_normalize(x: ArrayLike, *, eps: ArrayLike = 1e-12) -> jax.Array:
@@ -146,8 +155,12 @@ def l2_normalize(x: ArrayLike, *, eps: ArrayLike = 1e-12) -> jax.Array:
     Example:
         >>> import jax.numpy as jnp
         >>> from kdjax import losses
-        >>> losses.l2_normalize(jnp.array([3.0, 4.0])).round(2).tolist()
-        [0.6000000238418579, 0.800000011920929]
+        >>> print([f"{x:.3f}" for x in losses.l2_normalize(jnp.array([3.0, 4.0]))])
+        ['0.600', '0.800']
+
+    Reference:
+        R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
+        Distillation", AAAI 2024 (the ablation of normalisations).
     """
     x = _checks.floating("x", x, min_ndim=1)
     eps = hyperparameter("eps", eps, x.dtype, above=0)
@@ -176,6 +189,11 @@ def group_standardize(x: ArrayLike, *, groups: int = 4, eps: ArrayLike = 0.0) ->
         >>> from kdjax import losses
         >>> losses.group_standardize(jnp.array([[1.0, 3.0, 10.0, 20.0]]), groups=2).tolist()
         [[-1.0, 1.0, -1.0, 1.0]]
+
+    Reference:
+        Y. Wu, K. He, "Group Normalization", ECCV 2018; as one of the normalisations compared by
+        R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
+        Distillation", AAAI 2024.
     """
     x, _ = _features("x", x, None)
     groups = _checks.count("groups", groups)
@@ -183,10 +201,11 @@ def group_standardize(x: ArrayLike, *, groups: int = 4, eps: ArrayLike = 0.0) ->
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}.")
     eps = hyperparameter("eps", eps, x.dtype, low=0)
     grouped = x.reshape(x.shape[0], groups, -1)
-    centred = grouped - grouped.mean(axis=-1, keepdims=True)
-    variance = jnp.mean(centred**2, axis=-1, keepdims=True) + eps
-    some = variance > 0
-    scale = jnp.where(variance == 0, 0, jax.lax.rsqrt(jnp.where(some, variance, 1)) + 0 * variance)
+    mean = grouped.mean(axis=-1, keepdims=True)
+    centred = grouped - mean
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    rounding = 16 * jnp.finfo(x.dtype).eps * jax.lax.stop_gradient(mean)
+    scale = _inverse_root(jnp.where(variance <= rounding**2, 0, variance) + eps)
     return (centred * scale).reshape(x.shape)
 
 
@@ -216,7 +235,7 @@ def log_sum(
             form has none.
         axis_name: the named axis (or axes) of shard_map or pmap over which the batch is split; the
             sum inside the logarithm is then that of the whole batch.
-        where: [B] bool, False for rows to leave out.
+        where: [B] bool, False for rows to leave out; 0 is returned if none is left.
 
     Returns:
         Scalar in at least float32. At a perfect match -inf, or ``log(log_eps)``; the gradients
@@ -239,7 +258,8 @@ def log_sum(
     """
     student, teacher, mask = _pair(student, teacher, where)
     difference = blank(student - teacher, mask)
-    return _log_power_sum(difference, alpha, log_eps, axis_name, "alpha")
+    value = _log_power_sum(difference, alpha, log_eps, axis_name, "alpha")
+    return _of_any(value, mask, axis_name)
 
 
 def correlation_log_sum(
@@ -266,7 +286,7 @@ def correlation_log_sum(
         power: exponent, a finite scalar above 0.
         log_eps: floor inside the logarithm, a finite scalar at least 0.
         axis_name: the named axis (or axes) of shard_map or pmap over which the batch is split.
-        where: [B] bool, False for rows to leave out.
+        where: [B] bool, False for rows to leave out; 0 is returned if none is left.
 
     Returns:
         Scalar in at least float32.
@@ -287,8 +307,9 @@ def correlation_log_sum(
         R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
         Distillation", AAAI 2024, and its published DeiT code.
     """
-    away = _correlation(student, teacher, axis_name, where) - 1
-    return _log_power_sum(away, power, log_eps, None, "power")
+    correlation, mask = _correlation(student, teacher, axis_name, where)
+    value = _log_power_sum(correlation - 1, power, log_eps, None, "power")
+    return _of_any(value, mask, axis_name)
 
 
 def correlation_distance(
@@ -308,7 +329,7 @@ def correlation_distance(
         teacher: [B, D] floating point, standardised; no gradient flows to it.
         power: p, a finite scalar above 0.
         axis_name: the named axis (or axes) of shard_map or pmap over which the batch is split.
-        where: [B] bool, False for rows to leave out.
+        where: [B] bool, False for rows to leave out; 0 is returned if none is left.
 
     Returns:
         Scalar in at least float32, with gradient 0 where it is 0.
@@ -329,9 +350,10 @@ def correlation_distance(
         R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
         Distillation", AAAI 2024 (the ablation of distances).
     """
-    away = _correlation(student, teacher, axis_name, where) - 1
-    power = hyperparameter("power", power, away.dtype, above=0)
-    return jnp.exp(_log_power_sum(away, power, 0.0, None, "power") / power)
+    correlation, mask = _correlation(student, teacher, axis_name, where)
+    log_sum_of_powers = _log_power_sum(correlation - 1, power, 0.0, None, "power")
+    value = jnp.exp(log_sum_of_powers / hyperparameter("power", power, correlation.dtype, above=0))
+    return _of_any(value, mask, axis_name)
 
 
 def feature_mse(
@@ -356,6 +378,9 @@ def feature_mse(
         >>> from kdjax import losses
         >>> losses.feature_mse(jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2))).tolist()
         [5.0]
+
+    Reference:
+        A. Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3.
     """
     student, teacher, mask = _pair(student, teacher, where)
     return select(jnp.mean((student - teacher) ** 2, axis=-1), mask)
@@ -383,6 +408,11 @@ def log_sum_shares(student: ArrayLike, teacher: ArrayLike, *, alpha: ArrayLike =
         >>> from kdjax import losses
         >>> losses.log_sum_shares(jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2)), alpha=1.0).tolist()
         [[0.25, 0.75]]
+
+    Reference:
+        R. Miles, K. Mikolajczyk, "Understanding the Role of the Projector in Knowledge
+        Distillation", AAAI 2024 (why LogSum helps across a large gap in
+        capacity).
     """
     student, teacher, _ = _pair(student, teacher, None)
     alpha = hyperparameter("alpha", alpha, student.dtype, above=0)
@@ -400,6 +430,12 @@ def _features(
         raise ValueError(f"{name} must have examples and channels, got {_checks.describe(x)}.")
     mask = _checks.mask("where", where, x.shape[:1])
     return blank(x, mask), mask
+
+
+def _inverse_root(variance: jax.Array) -> jax.Array:
+    """``1 / sqrt(variance)``; 0, also in the gradient, where there is none. NaN is passed on."""
+    root = jax.lax.rsqrt(jnp.where(variance > 0, variance, 1))
+    return jnp.where(variance == 0, 0, root + 0 * variance)
 
 
 def _pair(
@@ -437,10 +473,18 @@ def _correlation(
     teacher: ArrayLike,
     axis_name: AxisName | None,
     where: ArrayLike | None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
     student, teacher, mask = _pair(student, teacher, where)
     _check_examples(student, axis_name)
-    return _total(student * teacher, axis_name) / _count(student, mask, axis_name)
+    return _total(student * teacher, axis_name) / _count(student, mask, axis_name), mask
+
+
+def _of_any(value: jax.Array, mask: jax.Array | None, axis_name: AxisName | None) -> jax.Array:
+    """The value of a batch, 0 if no row of it is left."""
+    if mask is None:
+        return value
+    rows = jnp.sum(mask)
+    return jnp.where((rows if axis_name is None else jax.lax.psum(rows, axis_name)) > 0, value, 0)
 
 
 def _log_power_sum(

@@ -96,6 +96,15 @@ def align(
     )
 
 
+def numbers(scalars: Mapping[str, tuple[Any, Bounds]]) -> list[jax.Array]:
+    """Checked scalars or batches of scalars, broadcast against each other, of one dtype."""
+    arrays = {name: real_scalar(name, x, bounds) for name, (x, bounds) in scalars.items()}
+    shapes = {name: x.shape for name, x in arrays.items()}
+    _check_batch(shapes)
+    dtype, shape = jnp.result_type(float, *arrays.values()), jnp.broadcast_shapes(*shapes.values())
+    return [jnp.broadcast_to(x.astype(dtype), shape) for x in arrays.values()]
+
+
 def spectrum(name: str, lam: Any) -> jax.Array:
     """A spectrum [..., p]: finite, not negative (rounding of an eigensolver aside), not all 0."""
     lam = real(name, lam)

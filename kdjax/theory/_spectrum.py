@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kdjax import _checks
 from kdjax.theory import _inputs
+from kdjax.theory._newton import climb, nonzero
 
 
 class SpectralStats(NamedTuple):
@@ -65,8 +66,8 @@ def effective_reg(
     Example:
       >>> import jax.numpy as jnp
       >>> from kdjax import theory
-      >>> print(theory.effective_reg(jnp.ones(300), 120))  # isotropic: p / n - 1
-      1.5
+      >>> print(f"{theory.effective_reg(jnp.ones(300), 120):.4f}")  # isotropic: p / n - 1
+      1.5000
 
     Reference:
       Ildiz, Gozeten, Taga, Mondelli, Oymak, "High-dimensional Analysis of Knowledge Distillation:
@@ -127,7 +128,7 @@ def resolve(lam: jax.Array, n: jax.Array, ridge: jax.Array, *, exact_ols: bool =
     """Solves for tau and gives everything the risks are made of, for aligned arguments."""
     tau = _tau(lam, n, ridge, 60)
     positive = lam > 0
-    scale = _nonzero(lam + tau)
+    scale = nonzero(lam + tau)
     learned = jnp.where(positive, lam / scale, 0.0) + 0 * tau
     zeta = jnp.where(positive, tau / scale, 1.0) + 0 * tau
     density = learned / scale
@@ -135,7 +136,7 @@ def resolve(lam: jax.Array, n: jax.Array, ridge: jax.Array, *, exact_ols: bool =
     # 1 - sum(L) / n and 1 - sum(L^2) / n lose all their digits near n = rank; these forms don't.
     # Those for n >= rank also hold at tau = 0, with the right slope in the ridge.
     missed = jnp.where(positive, zeta, 0.0)
-    slack = ridge / _nonzero(tau)
+    slack = ridge / nonzero(tau)
     unfitted = jnp.where(n >= rank, n - rank + total(missed), slack) / n
     gap = _gap(learned, missed, n, rank, slack) / n
     positive_gap = jnp.where(gap > 0, gap, 1.0)
@@ -182,11 +183,6 @@ def _size(n: Any, ridge: Any) -> dict[str, tuple[Any, _inputs.Bounds]]:
     return {"n": (n, _inputs.COUNT), "ridge": (ridge, _inputs.NONNEGATIVE)}
 
 
-def _nonzero(x: jax.Array) -> jax.Array:
-    """Makes a denominator safe in the branch that `where` will not take."""
-    return jnp.where(x == 0, 1.0, x)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 @functools.partial(jax.jit, static_argnums=3)
 def _tau(lam: jax.Array, n: jax.Array, ridge: jax.Array, max_steps: int) -> jax.Array:
@@ -197,7 +193,6 @@ def _tau(lam: jax.Array, n: jax.Array, ridge: jax.Array, max_steps: int) -> jax.
     # F > 0 at both of these, and F is decreasing and convex: Newton climbs to the root from there.
     start = jnp.maximum(ridge, smallest * (rank - n)) / n
     start = jnp.where(interpolates, 1.0, start + 0 * (rank + ridge + lam[..., :1]))
-    eps = jnp.finfo(lam.dtype).eps
 
     def relative_step(tau: jax.Array) -> jax.Array:
         scale = lam + tau
@@ -209,21 +204,7 @@ def _tau(lam: jax.Array, n: jax.Array, ridge: jax.Array, max_steps: int) -> jax.
         excess = known + (total(jnp.where(large, -zeta, learned)) + ridge / tau)
         return excess / (total(learned * zeta) + ridge / tau)
 
-    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        tau, step, active, steps = state
-        moved = jnp.where(active, tau * (1 + step), tau)
-        fresh = jnp.where(active, relative_step(moved), step)
-        # Below the root, steps shrink quadratically; one that doesn't shrink is rounding.
-        stalled = (jnp.abs(step) < 1e-3) & (jnp.abs(fresh) >= 0.25 * jnp.abs(step))
-        return moved, fresh, active & (jnp.abs(fresh) > eps) & ~stalled, steps + 1
-
-    first = relative_step(start)
-    active = ~interpolates & (jnp.abs(first) > eps)
-    state = (start, first, active, jnp.zeros((), jnp.int32))
-    tau, step, _, _ = jax.lax.while_loop(lambda s: jnp.any(s[2]) & (s[3] < max_steps), body, state)
-    # After the last step the error is the square of this one, or rounding.
-    converged = jnp.abs(step) <= max(1e-3 * float(eps) ** 0.5, 64 * float(eps))
-    root = jnp.where(converged, tau * (1 + step), jnp.nan)
+    root = climb(relative_step, start, done=interpolates, max_steps=max_steps)
     return jnp.where(interpolates, 0.0, root)
 
 
@@ -234,11 +215,11 @@ def _tau_jvp(
     lam, n, ridge = primals
     dlam, dn, dridge = tangents
     tau = _tau(lam, n, ridge, max_steps)
-    scale = _nonzero(lam + tau)
+    scale = nonzero(lam + tau)
     zeta = tau / scale
     positive = lam > 0
     rank = _rank(lam)
     missed = jnp.where(positive, zeta, 0.0)
-    slope = _gap(lam / scale, missed, n, rank, ridge / _nonzero(tau))
-    moved = (total(zeta**2 * dlam) + dridge - tau * dn) / _nonzero(slope)
+    slope = _gap(lam / scale, missed, n, rank, ridge / nonzero(tau))
+    moved = (total(zeta**2 * dlam) + dridge - tau * dn) / nonzero(slope)
     return tau, jnp.where(slope == 0, 0.0, moved)

@@ -251,7 +251,7 @@ def multi_stage_risk(
       >>> lam, beta = theory.power_law(500, 2.0, 1.5)
       >>> chain = theory.multi_stage_risk([theory.Stage(lam, n) for n in (400, 300, 200)], beta)
       >>> print([f"{risk:.3f}" for risk in chain.risks])
-      ['0.026', '0.071', '0.140']
+      ['0.026', '0.070', '0.124']
     """
     stages = list(stages)
     if not stages:
