@@ -12,6 +12,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+# Threads of the linear algebra library spin while they wait: with several test workers on a few
+# cores that makes a QR a hundred times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 
 # Eight fake devices let one machine check data parallelism; a cache on disk lets parallel test

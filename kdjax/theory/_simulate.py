@@ -6,12 +6,15 @@ its condition number, and steep spectra then lose all digits in float32.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 
 from kdjax import _checks
 from kdjax.theory import _inputs
@@ -104,11 +107,13 @@ def simulate_one_stage(
     )
     order = _kept(_known("lam", given))
     chunk = _chunk(chunk, trials, n * len(order))
-    risks = _one_stage(
-        key, lam[order], star[order], jnp.atleast_2d(surrogates)[:, order], lam_test[order],
-        jnp.sqrt(noise_var), jnp.sqrt(ridge),
-        n=n, trials=trials, chunk=chunk, ridged=ridged,
-    )  # fmt: skip
+    with _one_blas_thread():
+        risks = _one_stage(
+            key, lam[order], star[order], jnp.atleast_2d(surrogates)[:, order], lam_test[order],
+            jnp.sqrt(noise_var), jnp.sqrt(ridge),
+            n=n, trials=trials, chunk=chunk, ridged=ridged,
+        )  # fmt: skip
+        jax.block_until_ready(risks)
     # What has no variance in training isn't learned.
     risks = risks + _risk_of_zero(lam_test, star, order)
     return _summary(risks[:, 0] if single else risks)
@@ -183,13 +188,30 @@ def simulate_two_stage(
     if not len(order_s):
         raise ValueError("mask must keep at least one feature of lam_s above 0, got none.")
     chunk = _chunk(chunk, trials, max(m, n) * lam_s.shape[0])
-    student, surrogate = _two_stage(
-        key, lam_s, lam_t, star, jnp.asarray(_first(order_s, star.shape[0])), jnp.asarray(order_t),
-        jnp.sqrt(noise_s), jnp.sqrt(noise_t), jnp.sqrt(ridge_s), jnp.sqrt(ridge_t),
-        m=m, n=n, visible=len(order_s), trials=trials, chunk=chunk,
-        ridged_s=ridged_s, ridged_t=ridged_t,
-    )  # fmt: skip
+    with _one_blas_thread():
+        student, surrogate = _two_stage(
+            key, lam_s, lam_t, star,
+            jnp.asarray(_first(order_s, star.shape[0])), jnp.asarray(order_t),
+            jnp.sqrt(noise_s), jnp.sqrt(noise_t), jnp.sqrt(ridge_s), jnp.sqrt(ridge_t),
+            m=m, n=n, visible=len(order_s), trials=trials, chunk=chunk,
+            ridged_s=ridged_s, ridged_t=ridged_t,
+        )  # fmt: skip
+        jax.block_until_ready((student, surrogate))
     return TwoStageSimulation(_summary(student), _summary(surrogate))
+
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Keeps LAPACK on the thread that calls it.
+
+    Its threads spin while they wait for each other: matrices of this size gain nothing by them,
+    and on a machine that does other work too a QR became a hundred times slower.
+    """
+    if jax.default_backend() == "cpu":
+        with threadpoolctl.threadpool_limits(1, "blas"):
+            yield
+    else:
+        yield
 
 
 @functools.partial(jax.jit, static_argnames=("n", "trials", "chunk", "ridged"))
