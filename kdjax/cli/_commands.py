@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 import kdjax
-from kdjax.cli import _distill, _evaluate, _options
+from kdjax.cli import _options
 
 _HELP = f"""\
 kdjax {kdjax.__version__}: knowledge distillation for JAX
@@ -20,6 +20,8 @@ kdjax {kdjax.__version__}: knowledge distillation for JAX
                          (start here: without options it runs on real digits)
   kdjax evaluate         test a trained model
   kdjax predict-labels   store a teacher's outputs on disk, to distil without running it
+  kdjax theory           what a teacher can be worth, predicted before anything is trained:
+                         for a power law (risk) or for your own features and labels (plan)
 
 Each has a --help of its own. From a first run to a store of soft labels:
 
@@ -27,6 +29,23 @@ Each has a --help of its own. From a first run to a store of soft labels:
   kdjax evaluate runs/first/distilled/seed-0
   kdjax predict-labels runs/first/teacher --out labels
   kdjax distill --teacher-labels labels
+"""
+_THEORY_HELP = """\
+kdjax theory: exact predictions for linear students of a surrogate's labels, in seconds
+
+  kdjax theory risk      a power law: what the best surrogate, the best mask or a surrogate
+                         trained on m labels would be worth at n samples
+                         (start here: without options it is Figure 1 of the paper)
+  kdjax theory plan      your own features and labels: would a surrogate, a mask or mixed labels
+                         help, and may the theory be trusted there?
+
+Each has a --help of its own:
+
+  kdjax theory risk --n 100 200 400 --trials 100 --out risk.png
+  kdjax theory plan --features embeddings.npz --n 500 --m 2000
+
+The model: x ~ N(0, diag(lam)), labels x . beta + noise, ridge or minimum-norm regression
+(Ildiz et al., "High-dimensional Analysis of Knowledge Distillation", ICLR 2025).
 """
 
 
@@ -53,6 +72,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run_distill(arguments: Sequence[str]) -> int:
     options = _parse(_options.Distill, "distill", arguments)
+    from kdjax.cli import _distill
+
     out = _distill.out_folder(options.run)
     known = _distill.remembered(out) if options.run.resume else None
     if options.run.resume and known is None:
@@ -64,12 +85,35 @@ def _run_distill(arguments: Sequence[str]) -> int:
 
 
 def _run_evaluate(arguments: Sequence[str]) -> int:
-    return _evaluate.evaluate(_parse(_options.Evaluate, "evaluate", arguments))
+    options = _parse(_options.Evaluate, "evaluate", arguments)
+    from kdjax.cli import _evaluate
+
+    return _evaluate.evaluate(options)
 
 
 def _run_predict_labels(arguments: Sequence[str]) -> int:
     options = _parse(_options.PredictLabels, "predict-labels", arguments)
+    from kdjax.cli import _evaluate
+
     return _evaluate.predict_labels(options)
+
+
+def _run_theory(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_THEORY_HELP, end="")
+        return 0
+    what, *rest = arguments
+    if what == "risk":
+        risk = _parse(_options.TheoryRisk, "theory risk", rest)
+        from kdjax.cli import _theory
+
+        return _theory.risk(risk)
+    if what == "plan":
+        plan = _parse(_options.TheoryPlan, "theory plan", rest)
+        from kdjax.cli import _theory
+
+        return _theory.plan(plan)
+    raise ValueError(f"theory must be followed by risk or plan, got {what!r}.")
 
 
 def _parse(options: Any, command: str, arguments: Sequence[str], *default: Any) -> Any:
@@ -100,5 +144,6 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
         "distill": _run_distill,
         "evaluate": _run_evaluate,
         "predict-labels": _run_predict_labels,
+        "theory": _run_theory,
     }
 )

@@ -175,3 +175,76 @@ class PredictLabels:
     """Precision on disk."""
     temperature: float = 1.0
     """T of the probabilities of --top-k; distil at the same one."""
+
+
+File = Annotated[str | None, _of("FILE.png")]
+Amount = Annotated[float | None, _of("FLOAT")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TheoryRisk:
+    """Risk of a linear student for a power law: lam_i = i^-alpha, lam_i beta_i^2 = i^-b.
+
+    Compares a student of n true labels with students of the best surrogate there is, of the best
+    0-1 mask of the truth, and, with --m, of a surrogate trained on m true labels.
+
+      kdjax theory risk                          Figure 1 of the paper, n = 200
+      kdjax theory risk --n 100 200 400 --noise 0.05 --trials 100 --out risk.png
+      kdjax theory risk --m 800 --noise-s 0.05   a surrogate trained on 800 noisy labels
+    """
+
+    n: tuple[int, ...] = (200,)
+    """Samples of the student; several give a column each."""
+    p: int = 500
+    """Number of features."""
+    alpha: float = 2.0
+    """Decay of the spectrum: larger is steeper, 0 is flat."""
+    b: float = 1.5
+    """Decay of the energy of the truth."""
+    noise: float = 0.0
+    """Variance of the noise on the student's labels, whoever gives them."""
+    ridge: float = 0.0
+    """delta of the student's ||y - X b||^2 + delta ||b||^2 (not divided by n); 0 is the
+    minimum-norm interpolator."""
+    m: Count = None
+    """True labels that a surrogate is trained on first; default no such surrogate."""
+    noise_s: float = 0.0
+    """Variance of the noise on those m labels."""
+    ridge_s: float = 0.0
+    """delta of that surrogate."""
+    trials: int = 0
+    """Random designs to simulate for each n, to be set beside the theory."""
+    seed: int = 0
+    """Of the simulation."""
+    out: File = None
+    """Figure: weights of the surrogates, and risk against n."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TheoryPlan:
+    """Would a surrogate, a mask or mixed labels help on your features?
+
+    Estimates the spectrum, the truth and the noise from features and labels; tests the theory on
+    them by fits to random rows; then predicts what each way to label the student's n samples gives.
+
+      kdjax theory plan --features embeddings.npz
+      kdjax theory plan --features embeddings.npz --n 500 --m 2000 --out plan.png
+    """
+
+    features: Annotated[str, tyro.conf.arg(metavar="FILE.npz")]
+    """File with arrays features [N, p] and labels [N] (numbers or integer classes) or [N, K]; or
+    x_train [N, ...] and y_train, which are flattened."""
+    n: Count = None
+    """Samples that the student will be trained on; default N."""
+    m: Count = None
+    """True labels that the surrogate would be trained on; default N."""
+    ridge: float = 0.0
+    """delta of ||y - X b||^2 + delta ||b||^2; the best one for each way is always shown too."""
+    noise: Amount = None
+    """Variance of the noise on the true labels; default estimated from the data."""
+    repeats: int = 8
+    """Random fits for each size when the theory is tested on the data."""
+    seed: int = 0
+    """Of those fits."""
+    out: File = None
+    """Figure: predicted against measured error, and the predicted gains."""

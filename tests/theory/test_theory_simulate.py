@@ -90,7 +90,7 @@ def test_one_stage_agrees_with_theory(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_STAGE)
 def test_one_stage_agrees_with_theory_over_many_trials(name):
-    one_stage(name, times=20)
+    one_stage(name, times=8)
 
 
 # lam_s, lam_t, m, n, noise_s, noise_t, ridge_t, size of the mask, trials
@@ -127,7 +127,7 @@ def test_two_stages_agree_with_theory(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_STAGE)
 def test_two_stages_agree_with_theory_over_many_trials(name):
-    two_stage(name, times=20)
+    two_stage(name, times=8)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
