@@ -3,7 +3,8 @@
 For each pair of networks, the update of `kd.distill` + `kd.minimize` is compared with a bare
 jitted step of the same work, from the same weights, on the same batches:
 
-- live: the teacher runs in the step; stored: its logits come with the batch;
+- live: the teacher runs in the step; stored: its logits come with the batch; projector: the teacher
+  runs, and the features of both are compared by a trained projector and LogSum;
 - first, losses of three steps must agree;
 - then counts of the two compiled programs: the same convolutions, FLOPs at most 1.01 times,
   bytes 1.05 times, temporary memory 1.10 times those of the bare step, one trace. Any miss ends
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _projector_step
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,7 +143,9 @@ def stored_logits(frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
 # The pairs.
 
 
-def linen_pair(student: Any, teacher: Any, images: jax.Array) -> Networks:
+def linen_pair(
+    student: Any, teacher: Any, images: jax.Array, taps: dict[str, str] | None = None
+) -> Networks:
     """Two Linen modules; the bare step calls them as Flax's guides do."""
     frozen = jax.jit(teacher.init)(jax.random.key(1), images[:1])
 
@@ -149,8 +153,8 @@ def linen_pair(student: Any, teacher: Any, images: jax.Array) -> Networks:
         return student.apply({"params": params, **extra}, images, train=True, mutable=list(extra))
 
     return Networks(
-        kd.from_linen(student),
-        kd.from_linen(teacher),
+        kd.from_linen(student, taps=taps),
+        kd.from_linen(teacher, taps=taps),
         frozen,
         forward,
         lambda variables, batch: teacher.apply(variables, batch["image"], train=False),
@@ -241,6 +245,7 @@ PAIRS: dict[str, Callable[[jax.Array], Networks]] = {
     ),
 }
 TINY = ("mlp", "plain", "nnx")
+SETTINGS = ("live", "stored", "projector")
 
 
 def make_batches(size: int, side: int) -> list[dict[str, jax.Array]]:
@@ -257,7 +262,9 @@ def make_batches(size: int, side: int) -> list[dict[str, jax.Array]]:
 
 
 def make_case(pair: str, setting: str, batches: list[dict[str, jax.Array]]) -> Case:
-    """One pair in one setting: "live" or "stored"."""
+    """One pair in one of the `SETTINGS`."""
+    if setting == "projector":
+        return make_projector_case(pair, batches)
     stored = setting == "stored"
     networks = PAIRS[pair](batches[0]["image"])
     if not stored:
@@ -286,6 +293,25 @@ def make_case(pair: str, setting: str, batches: list[dict[str, jax.Array]]) -> C
         None if stored else networks.bare_frozen,
         batches,
     )
+
+
+def make_projector_case(pair: str, batches: list[dict[str, jax.Array]]) -> Case:
+    """Hard labels and the projector's LogSum, with the teacher in the step."""
+    student, teacher = _projector_step.MODULES[pair](CLASSES)
+    batches = [{k: v for k, v in b.items() if k != "teacher_logits"} for b in batches]
+    networks = linen_pair(student, teacher, batches[0]["image"], taps=_projector_step.TAPS)
+    method = _projector_step.method(networks.student, networks.teacher)
+    learner = kd.minimize(method, optimizer())
+    state = jax.jit(learner.init)(jax.random.key(0), batches[0], networks.frozen)
+    params = {
+        "student": state.params["student"],
+        "projector": state.params["terms"]["feature"]["0"],
+    }
+    bare = _projector_step.bare_step(student, teacher, optimizer())
+    start = params, state.extra["student"], optimizer().init(params), jnp.zeros((), jnp.int32)
+    frozen = networks.frozen
+    name = f"{pair}, projector"
+    return Case(name, networks, learner.update, bare, None, state, start, frozen, frozen, batches)
 
 
 # What is measured.
@@ -318,20 +344,42 @@ def annealed_traces(case: Case) -> dict[str, int]:
         method = kd.distill(case.networks.student, case.networks.teacher, terms)
         return kd.minimize(method, optimizer())
 
-    scheduled = learner(
-        optax.linear_schedule(8.0, 1.0, 4),
-        optax.linear_schedule(0.0, 0.5, 4),
-        optax.cosine_decay_schedule(1.0, 4),
+    return traces_of(
+        case,
+        learner,
+        (
+            optax.linear_schedule(8.0, 1.0, 4),
+            optax.linear_schedule(0.0, 0.5, 4),
+            optax.cosine_decay_schedule(1.0, 4),
+        ),
+        [(value, 0.1 * value, 1 / value) for value in (1.0, 2.0, 4.0)],
     )
+
+
+def annealed_projector_traces(case: Case) -> dict[str, int]:
+    """The same for the exponent and the weight of the projector term."""
+
+    def learner(alpha: Any, weight: Any) -> kd.Learner:
+        networks = case.networks
+        method = _projector_step.method(networks.student, networks.teacher, weight, alpha)
+        return kd.minimize(method, optimizer())
+
+    schedules = optax.linear_schedule(1.0, 4.0, 4), optax.linear_schedule(0.0, 0.5, 4)
+    return traces_of(case, learner, schedules, [(2.0, 0.1), (3.0, 0.2), (4.0, 0.5)])
+
+
+def traces_of(
+    case: Case, learner: Callable[..., kd.Learner], schedules: Any, values: list[Any]
+) -> dict[str, int]:
     batch, frozen = case.batches[0], case.frozen
-    update, traces = counting(scheduled.update)
+    update, traces = counting(learner(*schedules).update)
     step, state = jax.jit(update), case.state
     for _ in range(5):
         state, _ = step(state, batch, frozen)
     swept, swept_traces = counting(lambda hp, *args: learner(*hp).update(*args))
     step = jax.jit(swept)
-    for value in (1.0, 2.0, 4.0):
-        step((value, 0.1 * value, 1 / value), case.state, batch, frozen)
+    for value in values:
+        step(value, case.state, batch, frozen)
     return {"schedules": len(traces), "arguments": len(swept_traces)}
 
 
@@ -435,7 +483,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     names = ", ".join(PAIRS)
     add("--pairs", nargs="+", choices=PAIRS, default=[*PAIRS], metavar="PAIR", help=names)
-    add("--settings", nargs="+", choices=("live", "stored"), default=["live", "stored"])
+    add("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     add("--batch", type=int, default=64, help="examples in a batch")
     add("--side", type=int, default=32, help="height and width of the images")
     add("--rounds", type=int, default=7, help="interleaved rounds of step times")
@@ -464,7 +512,10 @@ def main() -> int:
         (pair, setting, make_case(pair, setting, batches))
         for pair in options.pairs
         for setting in options.settings
+        if setting != "projector" or pair in _projector_step.MODULES
     ]
+    if not cases:
+        raise SystemExit("None of these pairs has this setting.")
     command = shlex.join(["python", "benchmarks/step_overhead.py", *sys.argv[1:]])
     print(f"`{command}`, {machine()}, batch {options.batch} of {options.side}x{options.side}\n")
     report: dict[str, Any] = {"command": command, "machine": machine(), "cases": {}}
@@ -476,20 +527,33 @@ def main() -> int:
         rows, more = counted(case, report["cases"].setdefault(case.name, {}))
         print(*rows, sep="\n", flush=True)
         missed += more
-    tiny = [case for pair, setting, case in cases if (pair, setting) == ("mlp", "live")]
-    tiny = tiny or [make_case("mlp", "live", batches)]
-    annealed = report["annealed"] = annealed_traces(tiny[0])
-    for how, traces in annealed.items():
-        print(f"| annealed by {how} | | | | | {verdict(traces == 1, traces)} | |")
-        missed += [f"annealed by {how}: {traces} traces instead of 1"] * (traces != 1)
+    tiny = tiny_case("live", cases, batches)
+    annealed = {f"annealed by {how}": n for how, n in annealed_traces(tiny).items()}
+    if "projector" in options.settings:
+        found = annealed_projector_traces(tiny_case("projector", cases, batches))
+        annealed |= {f"projector, annealed by {how}": n for how, n in found.items()}
+    report["annealed"] = annealed
+    for name, traces in annealed.items():
+        print(f"| {name} | | | | | {verdict(traces == 1, traces)} | |")
+        missed += [f"{name}: {traces} traces instead of 1"] * (traces != 1)
 
     if not options.no_times:
-        timed([case for *_, case in cases], tiny[0], options, report)
+        timed([case for *_, case in cases], tiny, options, report)
     report["missed"] = missed
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     print("\nAll bars are met." if not missed else "\nMissed:\n" + "\n".join(missed))
     return 1 if missed else 0
+
+
+def tiny_case(
+    setting: str, cases: list[tuple[str, str, Case]], batches: list[dict[str, jax.Array]]
+) -> Case:
+    """The smallest case of a setting, made if it isn't among those of the command line."""
+    for pair, other, case in cases:
+        if (pair, other) == ("mlp", setting):
+            return case
+    return make_case("mlp", setting, batches)
 
 
 def timed(

@@ -173,6 +173,55 @@ def coupled() -> Case:
     return Case(make, data, frozen, coupled=True, counters={"student": calls})
 
 
+def two_headed() -> Model:
+    """`plain` with a second classifier, and its hidden units as four patch tokens."""
+
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        first, second = jax.random.split(key)
+        params, extra = plain().init(first, x)
+        return {**params, "w2": jax.random.normal(second, (8, CLASSES)) / jnp.sqrt(8)}, extra
+
+    def apply(params: Any, extra: Any, x: jax.Array, *, train: bool = False, key: Any = None):
+        found, extra = plain().apply(params, extra, x, train=train, key=key)
+        one, two = found["logits"], found["hidden"] @ params["w2"]
+        return {
+            "logits": (one + two) / 2,
+            "class_logits": one,
+            "distillation_logits": two,
+            "patches": found["hidden"].reshape(-1, 4, 2),
+        }, extra
+
+    return Model(init, apply)
+
+
+def projected(total: str) -> Case:
+    """A published total of projector distillation; its first weight or exponent is annealed."""
+    methods = kd.methods.projector_distillation
+    student, student_calls = counted(two_headed() if total == "deit" else plain())
+    teacher, teacher_calls = counted(plain())
+    data = batch()
+
+    def make(hyper: Any) -> Method:
+        if total == "deit":
+            return methods.deit(student, teacher, teacher_tap="hidden", alpha=hyper, eps=1e-4)
+        taps = {"student_tap": "hidden", "teacher_tap": "hidden"}
+        if total == "cifar100":
+            return methods.cifar100(student, teacher, hidden=(6,), feature_weight=hyper, **taps)
+        return methods.imagenet(student, teacher, alpha=hyper, feature_weight=0.5, **taps)
+
+    if total == "deit":  # mixed labels, and none in some rows
+        hot = jax.nn.one_hot(data["label"], CLASSES)
+        data["label"] = 0.7 * hot + 0.3 * jnp.roll(hot, 1, axis=1)
+    return Case(
+        make,
+        data,
+        plain().init(jax.random.key(1), data["image"]),
+        hyper=(0.2, 0.6) if total == "cifar100" else (2.0, 4.0),
+        coupled=True,
+        counters={"student": student_calls, "teacher": teacher_calls},
+    )
+
+
 def self_distilled() -> Case:
     """A Method written by hand: an EMA of the student labels a batch, all hooks in use."""
     model = plain()
@@ -215,4 +264,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "augmented": augmented,
     "coupled": coupled,
     "self_distilled": self_distilled,
+    "projector_imagenet": lambda: projected("imagenet"),
+    "projector_cifar100": lambda: projected("cifar100"),
+    "projector_deit": lambda: projected("deit"),
 }

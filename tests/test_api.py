@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 
 import pytest
 
@@ -10,12 +11,12 @@ import kdjax as kd
 
 ROOMS = (
     "core", "adapters", "augment", "data", "labels", "losses", "metrics", "parallel", "schedules",
-    "terms", "theory", "train",
+    "terms", "theory", "train", "methods.projector_distillation",
 )  # fmt: skip
 
 
 def public(room):
-    module = getattr(kd, room)
+    module = operator.attrgetter(room)(kd)
     names = getattr(module, "__all__", None)
     if names is None:
         names = [

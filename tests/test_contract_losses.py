@@ -33,6 +33,7 @@ class Case(NamedTuple):
             all arguments that the mask has.
         static: keyword arguments that are not hyperparameters, always passed.
         coupled: the result is a scalar of the whole batch.
+        across: every row has its result, which depends on the other rows.
     """
 
     arguments: Callable[[np.random.Generator], tuple[np.ndarray, ...]]
@@ -42,6 +43,15 @@ class Case(NamedTuple):
     mask: tuple[int, ...] | None = None
     static: Mapping[str, Any] = {}
     coupled: bool = False
+    across: bool = False
+
+
+def features(rng):
+    return rng.standard_normal((8, 6)), rng.standard_normal((8, 6))
+
+
+def one_feature(rng):
+    return features(rng)[:1]
 
 
 def logits(rng):
@@ -54,6 +64,29 @@ def logits_and_labels(rng):
 
 TEMPERATURE = {"temperature": (2.0, 3.5)}
 CASES = {
+    "center": Case(one_feature, (8, 6), teacher=(), mask=(8,), across=True),
+    "correlation_distance": Case(features, (), {"power": (3.0, 5.0)}, mask=(8,), coupled=True),
+    "correlation_log_sum": Case(
+        features, (), {"power": (3.0, 5.0), "log_eps": (0.1, 2.0)}, mask=(8,), coupled=True
+    ),
+    "feature_mse": Case(features, (8,), mask=(8,)),
+    "group_standardize": Case(
+        one_feature, (8, 6), {"eps": (0.1, 0.5)}, teacher=(), static={"groups": 2}
+    ),
+    "l2_normalize": Case(one_feature, (8, 6), {"eps": (3.0, 4.0)}, teacher=()),
+    "log_sum": Case(
+        features, (), {"alpha": (3.0, 5.0), "log_eps": (0.1, 50.0)}, mask=(8,), coupled=True
+    ),
+    "log_sum_shares": Case(features, (8, 6), {"alpha": (3.0, 5.0)}, across=True),
+    "pool": Case(
+        lambda rng: (rng.standard_normal((8, 4, 6)),),
+        (8, 6),
+        teacher=(),
+        static={"skip_tokens": 1},
+    ),
+    "standardize": Case(
+        one_feature, (8, 6), {"eps": (0.1, 0.5)}, teacher=(), mask=(8,), across=True
+    ),
     "dist": Case(
         logits,
         (),
@@ -273,7 +306,7 @@ def check_rows(loss, case):
     value = run(loss, case, arguments)
     moved = run(loss, case, [a[order] for a in arguments])
     np.testing.assert_allclose(moved, value if case.coupled else value[order], rtol=1e-5)
-    if not case.coupled:
+    if not (case.coupled or case.across):
         alone = run(loss, case, [a[:1] for a in arguments])
         np.testing.assert_allclose(alone, value[:1], rtol=1e-5, atol=1e-6)
 

@@ -23,13 +23,24 @@ FAST_ROUTES = {
     ("ensemble", "shard_map", 4),
     ("stored", "jit", 8),
     ("augmented", "shard_map", 4),
+    ("projector_imagenet", "jit", 4),
+    ("projector_imagenet", "shard_map", 8),
+    ("projector_cifar100", "shard_map_unchecked", 4),
+    ("projector_deit", "pmap", 4),
     ("self_distilled", "shard_map", 4),
     ("self_distilled", "pmap", 8),
 }
 
 
+# Like another case in all that the laws look at.
+SLOW = {"projector_cifar100"}
+
+
 @pytest.mark.parametrize("law", contracts.LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow]) if n in SLOW else n for n in CASES],
+)
 def test_law(name, law):
     law(CASES[name]())
 

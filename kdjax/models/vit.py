@@ -1,4 +1,4 @@
-"""A small vision transformer."""
+"""A small vision transformer, and DeiT's with its distillation token."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kdjax.models._layers import images
+from kdjax import _checks
+from kdjax.models._layers import ConvNormRelu, images
 
 _init = nn.initializers.truncated_normal(0.02)
 _LAYER_NORM_EPS = 1e-6
 
 
+class _ConvStem(nn.Module):
+    """Three convolutions of 64 channels, the first of stride 2: [B, H, W, C] -> [B, H/2, W/2, 64].
+
+    The 3x3 convolutions after the first keep the size.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = ConvNormRelu(64, size=7, stride=2, name="conv1")(x, train)
+        x = ConvNormRelu(64, name="conv2")(x, train)
+        return ConvNormRelu(64, name="conv3")(x, train)
+
+
 class _Stem(nn.Module):
-    """Patches to tokens, class token in front, learned positions added: [B, 1 + patches, dim]."""
+    """Patches to tokens, special tokens in front, learned positions added: [B, N, dim]."""
 
     patch_size: int
     dim: int
     dropout: float
+    distillation: bool
+    conv_stem: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -27,10 +43,17 @@ class _Stem(nn.Module):
                 f"x must have height and width divisible by patch_size={size}, "
                 f"got {x.shape[1]} x {x.shape[2]}."
             )
+        if self.conv_stem:
+            if size % 2:
+                raise ValueError(f"patch_size must be even for conv_stem=True, got {size}.")
+            x, size = _ConvStem(name="convolutions")(x, train), size // 2
         x = nn.Conv(self.dim, (size, size), strides=size, padding="VALID", name="patches")(x)
         x = x.reshape(x.shape[0], -1, self.dim)
         token = self.param("class_token", _init, (1, 1, self.dim))
-        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.dim)), x], axis=1)
+        tokens = [jnp.broadcast_to(token, (x.shape[0], 1, self.dim)), x]
+        if self.distillation:
+            tokens.insert(1, x.mean(axis=1, keepdims=True))
+        x = jnp.concatenate(tokens, axis=1)
         x = x + self.param("positions", _init, (1, x.shape[1], self.dim))
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
@@ -83,20 +106,29 @@ class _Stage(nn.Module):
         return x
 
 
-class _ClassToken(nn.Module):
-    """The normalised class token: [B, 1 + patches, dim] -> [B, dim]."""
+class _Tokens(nn.Module):
+    """Tokens from a position on, or the one there; a module so that they can be tapped by name."""
+
+    first: int
+    rest: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.LayerNorm(epsilon=_LAYER_NORM_EPS, name="norm")(x)[:, 0]
+        return x[:, self.first :] if self.rest else x[:, self.first]
 
 
 class ViT(nn.Module):
-    """Vision transformer with a class token and learned positions.
+    """Vision transformer with a class token and learned positions; optionally DeiT's student.
 
     Submodules for taps: ``stem`` (tokens), ``stage1`` with ``stage1/block0`` ... (tokens
-    [B, 1 + patches, dim]; below each ``attention`` and ``mlp``), ``pool`` (the normalised class
-    token [B, dim]), ``classifier``. The positions fix the image size at initialisation.
+    [B, N, dim]; below each ``attention`` and ``mlp``), ``norm`` (all tokens, normalised), and of
+    these ``pool`` (the class token [B, dim]) and ``patches`` (the patch tokens
+    [B, patches, dim]), ``classifier``. The positions fix the image size at initialisation.
+
+    With ``distillation`` there are two more: ``distillation_token`` ([B, dim]) and
+    ``distillation_classifier``, which learns from the teacher while ``classifier`` learns from the
+    labels. The logits returned are the mean of both, in training too: tap the heads for losses.
+    `kdjax.methods.projector_distillation.deit` trains it.
 
     Args:
         num_classes: Width of the logits, at least 1.
@@ -106,6 +138,10 @@ class ViT(nn.Module):
         heads: Attention heads.
         mlp_ratio: Width of the perceptron in multiples of dim.
         dropout: Rate after attention, inside and after the perceptron, in [0, 1).
+        distillation: True for a distillation token, the mean of the patch tokens at the start, and
+            a classifier that reads it.
+        conv_stem: True for three convolutions with batch norm ahead of the patches, which are then
+            cut from maps of half the size; patch_size is even.
 
     Returns:
         Called as ``module.apply(variables, x, train=False)`` with x [B, H, W, C]:
@@ -124,7 +160,11 @@ class ViT(nn.Module):
         (2, 10)
 
     Reference:
-        Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
+        Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021. Distillation token: Touvron
+        et al., "Training data-efficient image transformers and distillation through attention",
+        ICML 2021, where it is a learned token; as the mean of the patches, and with the stem of
+        convolutions, in the DeiT experiments of Miles, Mikolajczyk, "Understanding the Role of the
+        Projector in Knowledge Distillation", AAAI 2024.
     """
 
     num_classes: int
@@ -134,10 +174,50 @@ class ViT(nn.Module):
     heads: int = 3
     mlp_ratio: int = 4
     dropout: float = 0.0
+    distillation: bool = False
+    conv_stem: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = _Stem(self.patch_size, self.dim, self.dropout, name="stem")(images(x), train)
+        stem = _Stem(
+            self.patch_size,
+            self.dim,
+            self.dropout,
+            self.distillation,
+            self.conv_stem,
+            name="stem",
+        )
+        x = stem(images(x), train)
         stage = _Stage(self.depth, self.heads, self.mlp_ratio, self.dropout, name="stage1")
-        x = _ClassToken(name="pool")(stage(x, train))
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="classifier")(x)
+        x = nn.LayerNorm(epsilon=_LAYER_NORM_EPS, name="norm")(stage(x, train))
+        _Tokens(1 + self.distillation, rest=True, name="patches")(x)
+        logits = self._head("classifier")(_Tokens(0, name="pool")(x))
+        if not self.distillation:
+            return logits
+        token = _Tokens(1, name="distillation_token")(x)
+        return (logits + self._head("distillation_classifier")(token)) / 2
+
+    def _head(self, name: str) -> nn.Dense:
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name=name)
+
+
+def deit_tiny(num_classes: int) -> ViT:
+    """The DeiT-Ti student of projector distillation: 16x16 patches, width 192, 12 blocks."""
+    return _deit(num_classes, dim=192, heads=3)
+
+
+def deit_small(num_classes: int) -> ViT:
+    """The DeiT-S student of projector distillation: 16x16 patches, width 384, 12 blocks."""
+    return _deit(num_classes, dim=384, heads=6)
+
+
+def _deit(num_classes: int, *, dim: int, heads: int) -> ViT:
+    return ViT(
+        _checks.count("num_classes", num_classes),
+        patch_size=16,
+        dim=dim,
+        depth=12,
+        heads=heads,
+        distillation=True,
+        conv_stem=True,
+    )

@@ -80,7 +80,8 @@ def projector(
 
     Returns:
       A `Term`, batch-coupled unless ``loss`` is ``"mse"`` and ``norm`` isn't ``"batch"``. Its
-      parameters are the projector's; they are trained with the student by one optimizer.
+      parameters are the projector's; they are trained with the student by one optimizer. Rows of
+      weight 0 (padding) are left out of statistics and distance.
 
     Raises:
       ValueError: an unknown name, or a number out of range; when the term is started, widths that
@@ -135,7 +136,7 @@ def projector(
         for i in range(len(tparams)):
             layer = tparams[str(i)]
             s = _dot(jax.nn.relu(s) if i else s, layer["kernel"])
-            s = s + layer["bias"] if bias else s
+            s = s + layer["bias"][None] if bias else s
         return s
 
     def normalised(x: jax.Array, step: jax.Array, axis_name: Any, where: Any) -> jax.Array:
@@ -155,9 +156,11 @@ def projector(
         key: jax.Array,
         axis_name: Any = None,
     ) -> jax.Array:
-        where = jnp.asarray(batch["weight"]) > 0 if coupled and "weight" in batch else None
         s = _pooled("student", student_pool, student_output(student_out, student_tap))
         t = _pooled("teacher", teacher_pool, teacher_output(teacher_out, teacher_tap))
+        where = jnp.asarray(batch["weight"]) > 0 if "weight" in batch else None
+        if where is not None:  # a NaN of a row that doesn't count would reach the kernels
+            s, t = (jnp.where(where[:, None], x, 0) for x in (s, t))
         s = normalised(project(tparams, s, axis_name, where), step, axis_name, where)
         t = normalised(jax.lax.stop_gradient(t), step, axis_name, where)
         value = compare(
@@ -208,6 +211,11 @@ def _init_layers(
 
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if x.shape[1] != kernel.shape[0]:
+        raise ValueError(
+            f"student_tap must give features that fit the projector's kernel {kernel.shape}, "
+            f"got {tuple(x.shape)}."
+        )
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 

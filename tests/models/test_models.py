@@ -59,6 +59,73 @@ def test_imagenet_resnet18():
     assert taps["stage4"]["__call__"][0].shape == (1, 7, 7, 512)
 
 
+# timm's, of ImageNet; ours has no distillation token of its own (-192), which is the patches' mean.
+VIT_COUNTS = {
+    "deit_tiny_patch16_224": (5_717_416, {}),
+    "deit_tiny_distilled_patch16_224": (5_910_800 - 192, {"distillation": True}),
+}
+
+
+@pytest.mark.parametrize("name", VIT_COUNTS)
+def test_vision_transformers(name):
+    wanted, options = VIT_COUNTS[name]
+    module = models.ViT(1000, patch_size=16, dim=192, depth=12, heads=3, **options)
+    assert count(variables_of(module, (1, 224, 224, 3))["params"]) == wanted
+
+
+@pytest.mark.parametrize(("make", "dim"), [(models.deit_tiny, 192), (models.deit_small, 384)])
+def test_students_of_projector_distillation(make, dim):
+    """196 patches of maps that three convolutions have halved, and two tokens."""
+    variables = variables_of(make(1000), (1, 224, 224, 3))
+    stem = variables["params"]["stem"]
+    assert stem["positions"].shape == (1, 196 + 2, dim)
+    assert stem["patches"]["kernel"].shape == (8, 8, 64, dim)
+    shapes = {name: layer["conv"]["kernel"].shape for name, layer in stem["convolutions"].items()}
+    assert shapes == {"conv1": (7, 7, 3, 64), "conv2": (3, 3, 64, 64), "conv3": (3, 3, 64, 64)}
+    assert count(variables["batch_stats"]) == 3 * 2 * 64
+    block = variables["params"]["stage1"]["block0"]["attention"]["query"]["kernel"]
+    assert block.shape == (dim, dim // 64, 64)
+
+
+def test_distillation_token():
+    """The mean of the patches goes in; the two heads come out, and their mean."""
+    module = models.ViT(3, patch_size=4, dim=8, depth=1, heads=2, distillation=True, conv_stem=True)
+    model = kd.from_linen(
+        module,
+        taps={
+            "stem": "stem",
+            "cut": "stem/patches",
+            "norm": "norm",
+            "patches": "patches",
+            "pool": "pool",
+            "token": "distillation_token",
+            "one": "classifier",
+            "two": "distillation_classifier",
+        },
+    )
+    x = jax.random.normal(KEY, (2, 8, 12, 1))
+    params, extra = jax.jit(model.init)(KEY, x)
+    for i, name in enumerate(("classifier", "distillation_classifier")):
+        kernel = params[name]["kernel"]
+        params[name]["kernel"] = jax.random.normal(jax.random.key(i), kernel.shape)
+    outputs, _ = jax.jit(model.apply)(params, extra, x)
+    outputs = jax.tree.map(np.asarray, outputs)
+    np.testing.assert_allclose(outputs["logits"], (outputs["one"] + outputs["two"]) / 2, rtol=1e-6)
+    assert np.abs(outputs["one"] - outputs["two"]).max() > 0.1
+    for name, kept in (("pool", 0), ("token", 1), ("patches", slice(2, None))):
+        np.testing.assert_array_equal(outputs[name], outputs["norm"][:, kept])
+    assert outputs["patches"].shape == (2, 6, 8)
+    for head, feature in (("classifier", "pool"), ("distillation_classifier", "token")):
+        found = outputs[feature] @ params[head]["kernel"]  # biases start at 0
+        wanted = outputs["one" if feature == "pool" else "two"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    positions = np.asarray(params["stem"]["positions"])[0]
+    wanted = outputs["cut"].reshape(2, 6, 8).mean(1) + positions[1]
+    np.testing.assert_allclose(outputs["stem"][:, 1], wanted, rtol=1e-4, atol=1e-5)
+    _, moved = jax.jit(lambda *a: model.apply(*a, train=True, key=KEY))(params, extra, x)
+    assert jax.tree.structure(moved) == jax.tree.structure(extra)
+
+
 @pytest.mark.parametrize("name", models.BY_NAME)
 def test_every_model_keeps_the_promises(name):
     module = models.BY_NAME[name](10)
@@ -191,6 +258,11 @@ def test_strided_convolutions_are_padded_as_in_torch():
         (lambda: models.MLP(10).init(KEY, jnp.zeros(2)), "^x must have a batch dimension"),
         (lambda: models.ConvNet(10).init(KEY, jnp.zeros((2, 8, 8))), "^x must be images of shape"),
         (lambda: models.ViT(10).init(KEY, jnp.zeros((2, 6, 6, 1))), "divisible by patch_size=4"),
+        (
+            lambda: models.ViT(10, patch_size=3, conv_stem=True).init(KEY, jnp.zeros((2, 6, 6, 1))),
+            "^patch_size must be even",
+        ),
+        (lambda: models.deit_tiny(0), "^num_classes must be"),
     ],
 )
 def test_bad_input(make, sentence):
