@@ -59,8 +59,10 @@ class Teacher:
     """Its network:
     mlp, mlp_small, convnet, convnet_small, vit,
     resnet8, resnet14, resnet20, resnet32, resnet56,
-    resnet110, resnet8x4, resnet32x4, resnet18,
-    preact_resnet18, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2."""
+    resnet110, resnet8x4, resnet32x4, resnet18, resnet34,
+    resnet50, preact_resnet18, wrn_16_1, wrn_16_2,
+    wrn_40_1, wrn_40_2, vgg8, vgg13, mobilenetv2,
+    shufflev1, shufflev2."""
     teacher_steps: int = 500
     """Updates of the teacher."""
     teacher_learning_rate: float = 0.003

@@ -18,8 +18,10 @@ from types import MappingProxyType
 
 import flax.linen as nn
 
+from kdjax.models.bottleneck_resnet import BottleneckResNet, resnet34, resnet50
 from kdjax.models.convnet import ConvNet
 from kdjax.models.mlp import MLP
+from kdjax.models.mobilenetv2 import MobileNetV2, mobilenetv2_half
 from kdjax.models.resnet import (
     ResNet,
     cifar_resnet,
@@ -33,7 +35,9 @@ from kdjax.models.resnet import (
     resnet56,
     resnet110,
 )
-from kdjax.models.vit import ViT
+from kdjax.models.shufflenet import ShuffleNet, shufflenetv1, shufflenetv2
+from kdjax.models.vgg import VGG, vgg8, vgg13
+from kdjax.models.vit import ViT, deit_small, deit_tiny
 from kdjax.models.wide_resnet import (
     PreActResNet,
     preact_resnet18,
@@ -60,11 +64,18 @@ BY_NAME: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
         "resnet8x4": resnet8x4,
         "resnet32x4": resnet32x4,
         "resnet18": resnet18,
+        "resnet34": resnet34,
+        "resnet50": resnet50,
         "preact_resnet18": preact_resnet18,
         "wrn_16_1": wrn_16_1,
         "wrn_16_2": wrn_16_2,
         "wrn_40_1": wrn_40_1,
         "wrn_40_2": wrn_40_2,
+        "vgg8": vgg8,
+        "vgg13": vgg13,
+        "mobilenetv2": mobilenetv2_half,
+        "shufflev1": shufflenetv1,
+        "shufflev2": shufflenetv2,
         "vit": ViT,
     }
 )
@@ -72,11 +83,18 @@ BY_NAME: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
 __all__ = [
     "BY_NAME",
     "MLP",
+    "VGG",
+    "BottleneckResNet",
     "ConvNet",
+    "MobileNetV2",
     "PreActResNet",
     "ResNet",
+    "ShuffleNet",
     "ViT",
     "cifar_resnet",
+    "deit_small",
+    "deit_tiny",
+    "mobilenetv2_half",
     "preact_resnet18",
     "resnet8",
     "resnet8x4",
@@ -85,8 +103,14 @@ __all__ = [
     "resnet20",
     "resnet32",
     "resnet32x4",
+    "resnet34",
+    "resnet50",
     "resnet56",
     "resnet110",
+    "shufflenetv1",
+    "shufflenetv2",
+    "vgg8",
+    "vgg13",
     "wrn",
     "wrn_16_1",
     "wrn_16_2",
