@@ -1,11 +1,4 @@
-"""Evaluation metrics: how good, how faithful to the teacher and how well calibrated a model is.
-
-Scalars from whole arrays, usable inside jit. Rows whose label is -1 (unlabelled) or whose
-``where`` is False are left out; with no row left the result is NaN. Each is a mean over rows, so
-batches of different size combine by their number of rows (the calibration errors don't: compute
-them on all rows at once). Labels outside -1 .. C-1 are an error; inside jit, where they have no
-values yet, they make the result NaN.
-"""
+"""How good, how faithful to the teacher and how well calibrated predictions are."""
 
 from __future__ import annotations
 
@@ -15,16 +8,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kdjax import _checks
-
-__all__ = [
-    "accuracy",
-    "agreement",
-    "brier_score",
-    "expected_calibration_error",
-    "maximum_calibration_error",
-    "negative_log_likelihood",
-    "top_k_accuracy",
-]
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
