@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdjax import cli, theory
-from kdjax.cli import _options, _theory, _theory_data, _theory_show
+from kdjax.cli import _options, _theory, _theory_data, _theory_show, _theory_show_plan
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +56,14 @@ def cells(out, name, which=0):
         (["risk", "--alpha", "inf"], "--alpha must be a finite number, got inf."),
         (["risk", "--m", "0"], "--m must be an integer at least 1, got 0."),
         (["risk", "--noise-s", "1"], "--noise-s must be given with --m only"),
+        (["risk", "--m", "9", "--noise-s", "-1"], "--noise-s must be a finite number at least 0"),
         (["risk", "--ridge-s", "1"], "--ridge-s must be given with --m only"),
         (["risk", "--trials", "1"], "--trials must be 0 or at least 2, got 1."),
         (["risk", "--seed", "-1"], "--seed must be an integer at least 0, got -1."),
         (["risk", "--out", "figure"], "--out must be a file that ends in .png, .pdf or .svg"),
         (["risk", "--out", "no/f.png"], "--out must be in a folder that is there, got no/f.png."),
         (["risk", "--n", "many"], "many"),
-        (["plan"], "--features"),
+        (["plan"], "--features must be given: an npz file with arrays features [N, p] and labels"),
         (["plan", "--features", "no.npz"], "--features must be a file that is there, got no.npz."),
         (["plan", "--features", "x.npz", "--n", "0"], "--n must be an integer at least 1, got 0."),
         (["plan", "--features", "x.npz", "--noise", "-1"], "--noise must be a finite number"),
@@ -82,16 +83,20 @@ def test_bad_values_get_one_line(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.zeros((20, 3))}, "must be a file with arrays features and labels, or x_train"),
+        ({"x": np.zeros((20, 3))}, "an npz file with arrays features and labels, or x_train"),
+        ({"arr_0": np.zeros((20, 3))}, "has arr_0; np.savez(file, features=..., labels=...) names"),
         ({"features": np.zeros((20, 3))}, "which has features."),
         (
             {"features": np.zeros(20), "labels": np.zeros(20)},
             "must hold numbers [N, p] as features",
         ),
         ({"features": np.zeros((20, 3)), "labels": np.zeros(9)}, "must hold 20 labels"),
-        ({"features": np.zeros((20, 3)), "labels": np.array(["a"] * 20)}, "must hold 20 labels"),
+        (
+            {"features": np.zeros((20, 3)), "labels": np.array(["a"] * 20)},
+            "for classes, encode them as integers 0..K-1.",
+        ),
         ({"features": np.zeros((3, 3)), "labels": np.zeros(3)}, "at least 10 labelled rows, got 3"),
-        ({"x_train": np.array([[None]] * 20), "y_train": np.zeros(20)}, "of plain arrays"),
+        ({"x_train": np.array([[None]] * 20), "y_train": np.zeros(20)}, ", of numbers, got"),
     ],
 )
 def test_bad_files_get_one_line(capsys, tmp_path, arrays, message):
@@ -107,7 +112,15 @@ def test_a_file_that_is_no_npz(capsys, tmp_path):
     (tmp_path / "f.npz").write_text("hello")
     code, _, err = answer(capsys, "plan", "--features", "f.npz")
     assert code == 2
-    assert err == "kdjax: --features must be an npz file of plain arrays, got f.npz.\n"
+    wanted = "an npz file with arrays features and labels, or x_train and y_train"
+    assert err == f"kdjax: --features must be {wanted}, of numbers, got f.npz.\n"
+    np.save(tmp_path / "f.npy", np.zeros((20, 3)))
+    code, _, err = answer(capsys, "plan", "--features", "f.npy")
+    assert code == 2
+    assert err == (
+        f"kdjax: --features must be {wanted}, got f.npy with one unnamed float64 array of shape "
+        "(20, 3).\n"
+    )
 
 
 def test_images_and_classes_are_read(tmp_path):
@@ -124,12 +137,13 @@ def test_images_and_classes_are_read(tmp_path):
     np.testing.assert_array_equal(data.labels, classes[5:, 0])
 
 
-def test_help_is_quick_and_lists_both(capsys):
+def test_help_is_quick_and_lists_both(capsys, monkeypatch):
     code, out, _ = answer(capsys)
     assert code == 0
     assert "kdjax theory risk" in out
     assert "kdjax theory plan" in out
     assert answer(capsys, "--help")[1] == out
+    monkeypatch.setenv("COLUMNS", "80")
     for command, words in (
         ("risk", ("(default: 500)", "(default: 1.5)", "kdjax theory risk --m 800", "default 200")),
         ("plan", ("(required)", "features [N, p]", "default estimated from the data")),
@@ -137,6 +151,7 @@ def test_help_is_quick_and_lists_both(capsys):
         code, out, _ = answer(capsys, command, "--help")
         assert code == 0
         assert all(word in " ".join(out.split()) for word in words if word != "default 200")
+        assert max(map(len, out.splitlines())) <= 80
     code = (
         "import sys\nfrom kdjax import cli\n"
         "for words in (['--help'], ['theory'], ['theory', 'risk', '--help'],\n"
@@ -201,6 +216,7 @@ def test_mostly_noise_is_said(capsys):
 
 
 def test_two_stages(capsys):
+    assert "noise" not in answer(capsys, "risk", "--m", "3200")[1].split("surrogate of m")[1][:400]
     _, out, _ = answer(capsys, "risk", "--m", "3200", "--noise-s", "0.05")
     assert cells(out, "true labels, noise 0.05") == ["0.1986"]
     assert cells(out, "its student", 0) == ["0.1282"]
@@ -208,10 +224,47 @@ def test_two_stages(capsys):
     assert cells(out, "best with first features") == ["199"]
     text = " ".join(out.split())
     assert "trained on 3,200 true labels of the first 199 features leaves its student 52." in text
-    assert "less risk than n true labels with the same noise would" in text
+    assert "less risk than n true labels with noise 0.05 too would" in text
     assert "the student is not better than that surrogate" in text
     _, out, _ = answer(capsys, "risk", "--m", "200")
     assert "of all features leaves its student 28.5 % more risk" in " ".join(out.split())
+
+
+def test_the_noise_of_the_surrogate_is_that_of_the_student_by_default(capsys):
+    _, out, _ = answer(capsys, "risk", "--m", "800", "--noise", "0.05")
+    _, same, _ = answer(capsys, "risk", "--m", "800", "--noise", "0.05", "--noise-s", "0.05")
+    assert out == same
+    assert "true labels, noise" not in out
+    # All gains are over the same row.
+    standard, student = (float(cells(out, name)[0]) for name in ("(standard)", "its student"))
+    assert float(cells(out, "gain", 2)[0][:-2]) == pytest.approx(
+        100 * (1 - student / standard), abs=0.1
+    )
+    text = " ".join(out.split())
+    assert "of the risk that true labels of the same noise leave" in text
+    assert "than n true labels would" in text
+    _, clean, _ = answer(capsys, "risk", "--m", "800", "--noise", "0.05", "--noise-s", "0")
+    assert cells(clean, "true labels, noise 0") == ["0.1194"]
+
+
+def test_the_peak_has_no_gains(capsys):
+    _, out, _ = answer(capsys, "risk", "--p", "50", "--n", "50", "--noise", "0.1", "--m", "70")
+    assert cells(out, "true labels (standard)") == ["inf"]
+    for which in range(4):
+        assert cells(out, "gain", which) == ["-"]
+    assert cells(out, "best with first features") == ["-"]
+    text = " ".join(out.split())
+    assert "Meaning: no finite risk to be compared." in text
+    assert "gains to or over it are shown as -" in text
+    _, out, _ = answer(capsys, "risk", "--p", "50", "--n", "25", "50", "--noise", "0.1")
+    assert "Meaning: at n = 25, labels of the best surrogate" in " ".join(out.split())
+    assert "-e" not in "".join("".join(cells(out, name)) for name in ("(standard)", "optimal sur"))
+
+
+def test_nothing_is_below_zero(capsys):
+    _, out, _ = answer(capsys, "risk", "--p", "50", "--n", "80", "60", "--m", "300")
+    assert not re.search(r"│ +-", out)
+    assert _theory_show.number(-0.0) == "0"
 
 
 def test_simulation_stands_beside_the_theory(capsys):
@@ -262,7 +315,7 @@ def test_relative_gains():
     assert _theory.relative(2.0, 1.0) == 0.5
     assert _theory.relative(2.0, 3.0) == -0.5
     assert _theory.relative(0.0, 0.0) == 0.0
-    assert _theory.relative(np.inf, np.inf) == 0.0
+    assert np.isnan(_theory.relative(np.inf, np.inf))
     assert _theory.relative(np.inf, 1.0) == 1.0
     assert _theory.relative(0.0, 1.0) == -1.0
 
@@ -272,18 +325,38 @@ def test_numbers():
     assert shown == ["0.1194", "1.000", "12346", "0", "1.000e-07", "inf", "-0.02000"]
     assert _theory_show.percent(-0.00001) == "0.0 %"
     assert _theory_show.percent(0.3034) == "30.3 %"
+    assert [_theory_show.percent(x) for x in (np.nan, -np.inf)] == ["-", "-"]
 
 
 def test_trust():
     good = _theory.Curve(0.0, (10, 20), (1.0, 0.5), (1.05, 0.52), (0.01, 0.01))
     assert good.off() == pytest.approx(0.03 / 1.05)
-    assert "can be trusted: off by at most 2.9 %" in _theory_show.trust([good])
-    rough = good._replace(predicted=(1.3, 0.5))
-    assert "holds roughly" in _theory_show.trust([rough])
-    bad = good._replace(ridge=2.0, predicted=(np.inf, 0.5))
-    assert "With ridge 2 it can NOT be trusted" in _theory_show.trust([bad])
-    # Within the error of the measurement nothing can be held against the theory.
-    assert good._replace(error=(0.03, 0.02)).off() == 0.0
+    trust = _theory_show_plan.trust
+    assert trust([good]) == [
+        "Ridge 0: it can be trusted: off by up to 4.8 %, 2.9 % beyond two standard errors."
+    ]
+    assert "holds roughly: off by up to 23.8 %" in trust([good._replace(predicted=(1.3, 0.5))])[0]
+    bad = good._replace(ridge=2.0, predicted=(3.0, 0.5))
+    assert "Ridge 2: it can NOT be trusted" in trust([bad])[0]
+    # Where the prediction diverges there is nothing to compare.
+    assert "be trusted at" not in trust([good._replace(predicted=(np.inf, 0.5))])[0]
+    assert "diverges at every n" in trust([good._replace(predicted=(np.inf, np.inf))])[0]
+
+
+def test_a_measurement_without_power_tells_nothing():
+    curve = _theory.Curve(0.0, (10, 20), (1.0, 0.5), (1.05, 0.52), (0.01, 0.04))
+    assert curve.off() == pytest.approx(0.03 / 1.05)
+    told = _theory_show_plan.trust([curve])[0]
+    assert "it can be trusted at n = 10: off by up to 4.8 %, 2.9 % beyond" in told
+    assert "At n = 20 it can't be told: off by up to 3.8 %" in told
+    assert _theory_show_plan.doubt(curve) == curve.off()
+    none = curve._replace(error=(0.2, 0.04))
+    assert none.off() == 0.0
+    told = _theory_show_plan.trust([none])[0]
+    assert "it can't be told: off by up to 4.8 %, but two standard errors are at least 15." in told
+    assert _theory_show_plan.doubt(none) == pytest.approx(0.08 / 0.52)
+    # What would be off beyond that is seen all the same.
+    assert "NOT" in _theory_show_plan.trust([none._replace(predicted=(1.0, 1.5))])[0]
 
 
 def test_sizes_at_which_the_theory_is_tested():
@@ -302,40 +375,52 @@ def test_sizes_of_a_surrogate():
     assert np.all(np.diff(sizes) > 0)
 
 
-def test_plan_predicts_what_it_measures(capsys, problem, tmp_path):
+def test_plan_predicts_what_it_measures(capsys, monkeypatch, problem, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = answer(
-        capsys, "plan", "--features", str(problem), "--n", "30", "--repeats", "4", "--out", "p.png"
+        capsys, "plan", "--features", str(problem), "--n", "30", "--repeats", "8", "--out", "p.png"
     )
     assert code == 0
     text = " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
     assert "problem: 600 rows, 40 features" in text
-    assert re.search(r"With ridge [\d.]+ it (can be trusted|holds roughly)", text)
-    for line in ("Surrogate: would", "Mask: ", "Mixing: ", "Caveats: "):
+    assert re.search(r"Ridge [\d.]+: it (can be trusted|holds roughly)", text)
+    assert "mean of 8 fits ± its standard error" in text
+    assert "Predicted for n = 30, m = 570, ridge 0" in text
+    for line in ("Surrogate: would", "Mask: ", "Mixing: ", "Caveats: ", "carry no noise here",
+                 "Without any surrogate: error "):  # fmt: skip
         assert line in text
     assert (tmp_path / "p.png").stat().st_size > 20_000
     with jax.enable_x64(True):
         data = _theory_data.read(str(problem))
         found = theory.plan(
-            theory.estimate(jnp.asarray(data.features), jnp.asarray(data.labels)), n=30, m=600
+            theory.estimate(jnp.asarray(data.features), jnp.asarray(data.labels)), n=30, m=570
         )
     shown = _theory_show.number(found.tuned.standard.risk + found.noise_var)
-    assert cells(out, "n true labels", 1)[0] == shown
+    assert cells(out, "│ n true labels", 1)[0] == shown
+    shown = _theory_show.number(found.tuned.together.risk + found.noise_var)
+    assert cells(out, "n + m true labels", 1)[0] == shown
+    ridges = (found.tuned.two_stage.ridge, found.tuned.two_stage.surrogate_ridge)
+    assert cells(out, "surrogate, top", 1)[-2:] == [f"{ridge:.2g}" for ridge in ridges]
 
 
 def test_plan_takes_the_noise_it_is_told(capsys, problem):
     _, out, _ = answer(
         capsys, "plan", "--features", str(problem), "--noise", "0.125", "--repeats", "2"
     )
-    assert "of which noise 0.1250" in " ".join(out.split())
+    text = " ".join(out.split())
+    assert "Of that 0.1250 is noise (as given)" in text
+    assert "Predicted for n = 600, m = 600, ridge 0" in text
+    assert "fewer than n + m = 1,200" in text
 
 
 def answers(**risks):
     """Answers with these risks, against 1 for true labels."""
     found = {
-        name: theory.Answer(risk, 1 - risk, 0.5, 0.9, 5, 0.25)
+        name: theory.Answer(risk, 1 - risk, 0.5, 0.1, 0.9, 5, 0.25)
         for name, risk in {
-            "standard": 1.0, "direct": 0.8, "optimal": 0.5, "mask": 0.6, "two_stage": 1.2,
-            "mixed": 0.9, **risks,
+            "standard": 1.0, "direct": 0.8, "together": 0.95, "optimal": 0.5, "mask": 0.6,
+            "two_stage": 1.2, "mixed": 0.9, **risks,
         }.items()
     }  # fmt: skip
     return theory.Answers(**found)
@@ -344,17 +429,38 @@ def answers(**risks):
 @pytest.mark.parametrize(
     ("risks", "off", "words"),
     [
-        ({}, 0.0, ("Surrogate: would not help", "Mask: would help", "Mixing: would help")),
-        ({"two_stage": 0.7}, 0.05, ("Surrogate: would help", "no better than that: error 1.050")),
-        ({"two_stage": 0.9}, 0.05, ("Surrogate: would help", "would be better than that")),
-        ({"mixed": 0.95}, 0.05, ("Mixing: can't be told to help", "less than the theory is off")),
+        ({}, 0.0, ("Surrogate: would not help", "Mask: would help.", "Mixing: would help.")),
+        ({"two_stage": 0.7}, 0.05, ("Surrogate: would help. Trained on 400",)),
+        (
+            {"two_stage": 0.9},
+            0.05,
+            (
+                "Surrogate: would help over n true labels, but the m true labels used directly "
+                "would give 1.050.",
+            ),
+        ),
+        (
+            {"together": 0.7},
+            0.0,
+            (
+                "Mixing: would help over n true labels, but the n + m true labels used directly "
+                "would give 0.9500.",
+                "Mask: would help.",
+            ),
+        ),
+        (
+            {"mixed": 0.95},
+            0.05,
+            ("Mixing: can't be told to help", "less than the theory may be off"),
+        ),
         ({"mixed": 0.995}, 0.0, ("Mixing: can't be told to help", "next to nothing")),
         ({"mixed": 1.0}, 0.0, ("Mixing: would not help",)),
     ],
 )
 def test_what_is_said_of_a_plan(risks, off, words):
     found = theory.Plan(100, 400, 0.25, 2.0, answers(), answers(**risks))
-    said = " ".join(_theory_show.plan_sentences(found, 10, off))
+    said = " ".join(_theory_show_plan.plan_sentences(found, 10, off))
+    assert "Without any surrogate: error 1.250 from n = 100 true labels, 1.050 from m = 400" in said
     for word in words:
         assert word in said
     assert "with 5 of 10 directions" in said

@@ -185,14 +185,16 @@ Amount = Annotated[float | None, _of("FLOAT")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TheoryRisk:
-    """Risk of a linear student for a power law: lam_i = i^-alpha, lam_i beta_i^2 = i^-b.
+    """Risk of a linear student for a power law.
 
-    Compares a student of n true labels with students of the best surrogate there is, of the best
-    0-1 mask of the truth, and, with --m, of a surrogate trained on m true labels.
+    With lam_i = i^-alpha and lam_i beta_i^2 = i^-b, compares students of
+      - n true labels,
+      - the best surrogate there is, and the best 0-1 mask of the truth,
+      - with --m, a surrogate trained on m true labels.
 
       kdjax theory risk                          Figure 1 of the paper, n = 200
       kdjax theory risk --n 100 200 400 --noise 0.05 --trials 100 --out risk.png
-      kdjax theory risk --m 800 --noise-s 0.05   a surrogate trained on 800 noisy labels
+      kdjax theory risk --m 800 --noise 0.05     a surrogate of 800 noisy labels
     """
 
     n: tuple[int, ...] = (200,)
@@ -206,12 +208,12 @@ class TheoryRisk:
     noise: float = 0.0
     """Variance of the noise on the student's labels, whoever gives them."""
     ridge: float = 0.0
-    """delta of the student's ||y - X b||^2 + delta ||b||^2 (not divided by n); 0 is the
-    minimum-norm interpolator."""
+    """delta of the student's ||y - X b||^2 + delta ||b||^2;
+    not divided by n; 0 is the minimum-norm interpolator."""
     m: Count = None
     """True labels that a surrogate is trained on first; default no such surrogate."""
-    noise_s: float = 0.0
-    """Variance of the noise on those m labels."""
+    noise_s: Amount = None
+    """Variance of the noise on those m labels; default that of --noise."""
     ridge_s: float = 0.0
     """delta of that surrogate."""
     trials: int = 0
@@ -226,20 +228,27 @@ class TheoryRisk:
 class TheoryPlan:
     """Would a surrogate, a mask or mixed labels help on your features?
 
-    Estimates the spectrum, the truth and the noise from features and labels; tests the theory on
-    them by fits to random rows; then predicts what each way to label the student's n samples gives.
+    From features and labels:
+      - estimates the spectrum, the truth and the noise,
+      - tests the theory on them by fits to random rows,
+      - predicts what each way to label the student's n samples gives.
 
       kdjax theory plan --features embeddings.npz
       kdjax theory plan --features embeddings.npz --n 500 --m 2000 --out plan.png
     """
 
-    features: Annotated[str, tyro.conf.arg(metavar="FILE.npz")]
-    """File with arrays features [N, p] and labels [N] (numbers or integer classes) or [N, K]; or
+    features: Annotated[
+        str | None, tyro.conf.arg(metavar="FILE.npz", help_behavior_hint="(required)")
+    ] = None
+    """File with arrays features [N, p] and labels [N] or
+    [N, K]: numbers, or classes 0..K-1 as integers; or
     x_train [N, ...] and y_train, which are flattened."""
     n: Count = None
     """Samples that the student will be trained on; default N."""
     m: Count = None
-    """True labels that the surrogate would be trained on; default N."""
+    """True labels that the surrogate would be trained on, of
+    other rows than those n; default N - n, or N where n
+    leaves none."""
     ridge: float = 0.0
     """delta of ||y - X b||^2 + delta ||b||^2; the best one for each way is always shown too."""
     noise: Amount = None

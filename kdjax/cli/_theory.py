@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +27,7 @@ class Chain(NamedTuple):
 
     Attributes:
       m: labels of the surrogate.
-      standard: excess risk of n true labels with the same noise, for comparison.
+      standard: excess risk of n true labels with the noise of the surrogate's, for comparison.
       surrogate: excess risk of the one that sees all features.
       student: excess risk of its student.
       size: how many of the first features the surrogate best sees.
@@ -43,7 +44,7 @@ class Chain(NamedTuple):
     best_student: float
 
     def gain(self, risk: float) -> float:
-        """Relative to n true labels with the same noise."""
+        """Relative to n true labels with that noise."""
         return relative(self.standard, risk)
 
 
@@ -98,12 +99,21 @@ class Curve(NamedTuple):
     error: tuple[float, ...]
     line: tuple[tuple[float, float], ...] = ()
 
+    def deviations(self) -> list[float]:
+        """Relative deviation at each size."""
+        return [abs(p - m) / m for p, m in zip(self.predicted, self.measured, strict=True)]
+
+    def blurs(self) -> list[float]:
+        """Two standard errors of the measurement at each size, relative to it."""
+        return [2 * e / m for e, m in zip(self.error, self.measured, strict=True)]
+
     def off(self) -> float:
-        """The largest relative deviation beyond two standard errors."""
-        return max(
-            max(0.0, abs(p - m) - 2 * (0.0 if math.isnan(e) else e)) / m
-            for p, m, e in zip(self.predicted, self.measured, self.error, strict=True)
-        )
+        """The largest relative deviation beyond two standard errors, where an error is predicted.
+
+        Where the prediction diverges (as many rows as features) nothing can be compared.
+        """
+        pairs = zip(self.deviations(), self.blurs(), strict=True)
+        return max((max(0.0, a - b) for a, b in pairs if math.isfinite(a)), default=0.0)
 
 
 def risk(options: TheoryRisk) -> int:
@@ -116,6 +126,8 @@ def risk(options: TheoryRisk) -> int:
       The exit code.
     """
     _check_risk(options)
+    if options.noise_s is None:
+        options = dataclasses.replace(options, noise_s=options.noise)
     figure = _figure_path(options.out)
     from kdjax.cli import _theory_plot, _theory_show
 
@@ -155,6 +167,10 @@ def plan(options: TheoryPlan) -> int:
     Returns:
       The exit code.
     """
+    if options.features is None:
+        raise ValueError(
+            "features must be given: an npz file with arrays features [N, p] and labels [N]."
+        )
     for name in ("n", "m"):
         if getattr(options, name) is not None:
             _checks.count(name, getattr(options, name))
@@ -164,12 +180,12 @@ def plan(options: TheoryPlan) -> int:
     _checks.count("repeats", options.repeats, low=2)
     figure = _figure_path(options.out)
     data = _theory_data.read(options.features)
-    from kdjax.cli import _theory_plot, _theory_show
+    from kdjax.cli import _theory_plot, _theory_show, _theory_show_plan
 
     with jax.enable_x64(True):
         rows = len(data.features)
         n = rows if options.n is None else options.n
-        m = rows if options.m is None else options.m
+        m = options.m or (rows - n if n < rows else rows)
         sizes = _check_sizes(rows, n)
         with tqdm(total=2 + 2 * len(sizes), unit="step", disable=None) as bar:
             bar.set_description("estimating")
@@ -183,17 +199,17 @@ def plan(options: TheoryPlan) -> int:
             bar.set_description("testing the theory")
             ridges = dict.fromkeys((options.ridge, found.tuned.standard.ridge))
             curves = [_curve(data, estimate, ridge, sizes, options, bar.update) for ridge in ridges]
-        _theory_show.plan(data, estimate, found, curves)
+        _theory_show_plan.plan(data, estimate, found, curves, options)
         if figure is not None:
-            _theory_plot.plan(data.name, found, curves, figure)
+            _theory_plot.plan(data.name, found, curves, options.repeats, figure)
             _theory_show.say(f"figure  {figure}")
     return 0
 
 
 def relative(standard: float, risk: float) -> float:
-    """Gain ``1 - risk / standard``; 0 where neither leaves anything, or both are infinite."""
+    """Gain ``1 - risk / standard``; 0 if neither leaves anything, NaN if both are infinite."""
     if risk == standard:
-        return 0.0
+        return 0.0 if math.isfinite(risk) else math.nan
     return 1 - risk / standard if 0 < standard < math.inf else math.copysign(1.0, standard - risk)
 
 
@@ -213,11 +229,12 @@ def _check_risk(options: TheoryRisk) -> None:
     for name in ("alpha", "b"):
         _checks.number(name, getattr(options, name))
     for name in ("noise", "ridge", "noise_s", "ridge_s"):
-        _checks.number(name, getattr(options, name), low=0)
+        if getattr(options, name) is not None:
+            _checks.number(name, getattr(options, name), low=0)
     if options.m is not None:
         _checks.count("m", options.m)
-    elif options.noise_s or options.ridge_s:
-        name = "noise_s" if options.noise_s else "ridge_s"
+    elif options.noise_s is not None or options.ridge_s:
+        name = "ridge_s" if options.noise_s is None else "noise_s"
         raise ValueError(f"{name} must be given with --m only, got it without.")
     _checks.count("trials", options.trials, low=0)
     if options.trials == 1:
@@ -264,7 +281,7 @@ def _column(
         float(stats.omega),
         float(multiplier),
         float(terms.var_noise[0]),
-        dict(zip(RISKS, np.asarray(terms.total).tolist(), strict=True)),
+        dict(zip(RISKS, _clipped(terms.total), strict=True)),
         int((theory.optimal_gain(lam, n, ridge) > 1).sum()),
         int(kept.sum()),
         _simulated(lam, beta, surrogates, n, options, key, done),
@@ -285,7 +302,12 @@ def _risks(lam: jax.Array, beta: jax.Array, n: int, noise: float, ridge: float) 
         theory.optimal_surrogate_risk(lam, beta, n, **options),
         theory.masked_risk(lam, beta, n, **options),
     )
-    return dict(zip(RISKS, map(float, found), strict=True))
+    return dict(zip(RISKS, _clipped(jnp.stack(found)), strict=True))
+
+
+def _clipped(risks: jax.Array) -> list[float]:
+    """Rounding can leave a risk of 0 a little below it."""
+    return np.maximum(np.asarray(risks, float), 0.0).tolist()
 
 
 def _parts(trials: int) -> list[int]:
@@ -330,15 +352,10 @@ def _chain(lam: jax.Array, beta: jax.Array, n: int, m: int, options: TheoryRisk)
         lam, beta, m=m, n=n, noise_s=options.noise_s, noise_t=options.noise,
         ridge_s=options.ridge_s, ridge_t=options.ridge, sizes=surrogate_sizes(len(lam)),
     )  # fmt: skip
-    return Chain(
-        m,
-        float(found.standard_n),
-        float(found.standard_m),
-        float(found.two_stage),
-        int(found.best_size),
-        float(found.best_surrogate),
-        float(found.best),
-    )
+    risks = (found.standard_n, found.standard_m, found.two_stage, found.best_surrogate, found.best)
+    standard, surrogate, student, best_surrogate, best = _clipped(jnp.stack(risks))
+    size = int(found.best_size)
+    return Chain(m, standard, surrogate, student, size, best_surrogate, best)
 
 
 def _check_sizes(rows: int, n: int) -> tuple[int, ...]:
@@ -375,7 +392,7 @@ def _curve(
         terms = theory.excess_risk(
             estimate.lam, estimate.beta, n=jnp.asarray(n, float) - 1, noise_var=noise, ridge=ridge
         )
-        return (np.asarray(terms.total) + noise).tolist()
+        return (np.maximum(np.asarray(terms.total), 0.0) + noise).tolist()
 
     grid = np.geomspace(sizes[0], sizes[-1], 60)
     return Curve(

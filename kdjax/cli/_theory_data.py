@@ -11,6 +11,7 @@ import numpy as np
 from kdjax import _checks
 
 _KNOWN = ("features", "labels", "x_train", "y_train")
+_WANTED = "an npz file with arrays features and labels, or x_train and y_train"
 
 
 class Data(NamedTuple):
@@ -36,20 +37,24 @@ def read(file: str) -> Data:
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"features must be a file that is there, got {file}.")
+    arrays: dict[str, np.ndarray] = {}
     try:
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in stored.files if name in _KNOWN}
-            names = stored.files
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"features must be an npz file of plain arrays, got {file}.") from error
+        stored = np.load(path)
+        if not isinstance(stored, np.ndarray):
+            with stored:
+                arrays = {name: stored[name] for name in stored.files if name in _KNOWN}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"features must be {_WANTED}, of numbers, got {file}.") from error
+    if isinstance(stored, np.ndarray):
+        what = _checks.describe(stored)
+        raise ValueError(f"features must be {_WANTED}, got {file} with one unnamed {what}.")
     for x, y in (("features", "labels"), ("x_train", "y_train")):
         if x in arrays and y in arrays:
             return _matched(path.stem, x, arrays[x], y, arrays[y])
-    there = ", ".join(names) or "nothing"
-    raise ValueError(
-        f"features must be a file with arrays features and labels, or x_train and y_train, got "
-        f"{file}, which has {there}."
-    )
+    there = ", ".join(stored.files) or "nothing"
+    unnamed = "arr_0" in stored.files
+    hint = "; np.savez(file, features=..., labels=...) names them" if unnamed else ""
+    raise ValueError(f"features must be {_WANTED}, got {file}, which has {there}{hint}.")
 
 
 def _matched(name: str, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> Data:
@@ -59,6 +64,11 @@ def _matched(name: str, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) 
         )
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
+    if y.dtype.kind in "USb":
+        raise ValueError(
+            f"features must hold labels as numbers in {y_name}, got {_checks.describe(y)}: for "
+            "classes, encode them as integers 0..K-1."
+        )
     if y.ndim not in (1, 2) or len(y) != len(x) or not np.issubdtype(y.dtype, np.number):
         raise ValueError(
             f"features must hold {len(x)} labels [N] or [N, K] as {y_name}, one for each of "

@@ -18,7 +18,8 @@ from kdjax.theory import Plan
 _COLOURS = {"standard": "#0072B2", "optimal": "#009E73", "mask": "#E69F00"}
 _NAMES = {"standard": "true labels", "optimal": "optimal surrogate", "mask": "optimal 0-1 mask"}
 _WAYS = {
-    "direct": "m true labels instead",
+    "direct": "m true labels",
+    "together": "n + m true labels",
     "two_stage": "surrogate of m labels",
     "mixed": "mixed with true labels",
     "mask": "bound: mask",
@@ -85,17 +86,20 @@ def risk(
         f"noise {options.noise:g}, ridge {options.ridge:g}",
         fontsize=10.5,
     )
-    right.legend(frameon=False, fontsize=9)
+    # Below: inside it would lie on the peak where n = p, or on the points.
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, ncols=3, loc="outside lower right")
     _finish(figure, (left, right), file)
 
 
-def plan(name: str, found: Plan, curves: Sequence[Curve], file: Path) -> None:
+def plan(name: str, found: Plan, curves: Sequence[Curve], repeats: int, file: Path) -> None:
     """Predicted and measured error against n, and the predicted gain of each way.
 
     Args:
       name: of the data.
       found: the predictions.
       curves: theory against fits.
+      repeats: fits for each point.
       file: to be written.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -107,6 +111,7 @@ def plan(name: str, found: Plan, curves: Sequence[Curve], file: Path) -> None:
             markersize=5, markerfacecolor="white", capsize=2.5,
             label=f"ridge {curve.ridge:.3g}: line predicted, points measured",
         )  # fmt: skip
+    left.axvline(found.n, color="#777777", linestyle=":", lw=1.2, label=f"n = {found.n:,} asked")
     left.set_xscale("log")
     left.set_yscale("log")
     # Just below as many rows as features the line may be far above what is of interest.
@@ -118,19 +123,24 @@ def plan(name: str, found: Plan, curves: Sequence[Curve], file: Path) -> None:
     )
     left.set_xticks(curves[0].n, [f"{n:,}" for n in curves[0].n], fontsize=8.5)
     left.xaxis.set_minor_locator(NullLocator())
-    left.set_xlabel("n, random rows")
+    left.set_xlabel(f"n, random rows (points: mean of {repeats} fits ± standard error)")
     left.set_ylabel("held-out squared error")
     left.set_title(f"{name}: is the theory right here?", fontsize=10.5)
-    left.legend(frameon=False, fontsize=9)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, ncols=2, loc="outside lower left")
     kinds = [("best ridge", found.tuned, "#009E73")]
     kinds.append((f"ridge {found.given.standard.ridge:g}", found.given, "#0072B2"))
-    places = np.arange(len(_WAYS))[::-1]
+    places, cut = np.arange(len(_WAYS))[::-1], False
     for i, (label, answers, colour) in enumerate(kinds):
-        gains = [100 * max(-1.0, getattr(answers, way).gain) for way in _WAYS]
-        right.barh(places + (0.5 - i) * 0.36, gains, 0.34, color=colour, label=label)
+        gains = np.array([100 * getattr(answers, way).gain for way in _WAYS])
+        cut |= bool((gains < -100).any())
+        right.barh(places + (0.5 - i) * 0.36, np.maximum(np.nan_to_num(gains), -100), 0.34,
+                   color=colour, label=label)  # fmt: skip
     right.axvline(0, color="black", lw=0.8)
     right.set_yticks(places, list(_WAYS.values()))
-    right.set_xlabel("predicted gain over n true labels, % (cut at -100)")
+    right.set_xlabel(
+        "predicted gain over n true labels, % of excess risk" + (" (cut at -100)" if cut else "")
+    )
     right.set_title(f"n = {found.n:,}, m = {found.m:,}", fontsize=10.5)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, ncols=2, loc="outside lower right")

@@ -1,26 +1,23 @@
-"""What the predictions of ``kdjax theory`` look like: tables, and sentences of what they mean."""
+"""What the predictions of ``kdjax theory risk`` look like, and how numbers are printed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kdjax.cli._options import TheoryRisk
-from kdjax.cli._theory import RISKS, Chain, Column, Curve
-from kdjax.cli._theory_data import Data
-from kdjax.theory import Answer, Answers, Plan, ScalingConstants
+from kdjax.cli._theory import RISKS, Chain, Column
+from kdjax.theory import ScalingConstants
 
 _LABELS = {
     "standard": "true labels (standard)",
     "optimal": "optimal surrogate",
     "mask": "optimal 0-1 mask",
 }
-_NOTHING = 5e-4  # gains below this print as 0.0 %
-_TRUSTED, _ROUGH = 0.10, 0.30
+NOTHING = 5e-4  # gains below this print as 0.0 %
 
 
 def say(text: str, style: str = "") -> None:
@@ -66,7 +63,7 @@ def _risk_table(columns: Sequence[Column], options: TheoryRisk) -> Table:
     for name in RISKS:
         line(_LABELS[name], (number(c.risks[name]) for c in columns), "bold")
         if columns[0].simulated:
-            line("  simulated", (_simulated(*c.simulated[name]) for c in columns))
+            line("  simulated", (with_error(*c.simulated[name]) for c in columns))
         if name != "standard":
             line("  gain", (percent(c.gain(c.risks[name])) for c in columns))
         if name == "optimal":
@@ -81,8 +78,10 @@ def _risk_table(columns: Sequence[Column], options: TheoryRisk) -> Table:
         line(f"surrogate of m = {chains[0].m:,} labels", (number(c.surrogate) for c in chains))
         line("  its student", (number(c.student) for c in chains), "bold")
         line("  gain", (percent(c.gain(c.student)) for c in chains))
-        line("  best with first features", (f"{c.size:,}" for c in chains))
-        line("  that surrogate itself", (number(c.best_surrogate) for c in chains))
+        sizes = (f"{c.size:,}" if math.isfinite(c.best_student) else "-" for c in chains)
+        line("  best with first features", sizes)
+        own = (number(c.best_surrogate) if math.isfinite(c.best_student) else "-" for c in chains)
+        line("  that surrogate itself", own)
         line("  its student", (number(c.best_student) for c in chains), "bold")
         line("  gain", (percent(c.gain(c.best_student)) for c in chains))
     table.add_section()
@@ -116,9 +115,12 @@ def risk_sentences(
     Returns:
       Sentences.
     """
-    best = max(columns, key=lambda c: c.gain(c.risks["optimal"]))
+    finite = [c for c in columns if math.isfinite(c.risks["standard"])]
+    best = max(finite or columns, key=lambda c: c.gain(c.risks["optimal"]))
     gain, masked = (best.gain(best.risks[name]) for name in ("optimal", "mask"))
-    if gain < _NOTHING:
+    if not finite:
+        found = ["Meaning: no finite risk to be compared."]
+    elif gain < NOTHING:
         why = (
             "with at least as many samples as features and no ridge, a student learns its labels "
             "as they are"
@@ -130,34 +132,60 @@ def risk_sentences(
         dropped = options.p - best.kept
         mask = (
             "a 0-1 mask has nothing to drop"
-            if masked < _NOTHING
+            if masked < NOTHING
             else f"only dropping the last {dropped:,} of {options.p:,} features from the labels "
             f"takes away {percent(masked)}"
         )
+        noise = " of the same noise" if options.noise else ""
         found = [
             f"Meaning: at n = {best.n:,}, labels of the best surrogate there is take away "
-            f"{percent(gain)} of the risk that true labels leave; {mask}."
+            f"{percent(gain)} of the risk that true labels{noise} leave; {mask}."
         ]
-    if laws is not None and gain >= _NOTHING:
+    if laws is not None and gain >= NOTHING:
         found.append("A better teacher changes the constant of the scaling law, not its exponent.")
-    if options.noise and best.noise > 0.5 * best.risks["standard"]:
+    if finite and options.noise and best.noise > 0.5 * best.risks["standard"]:
         part = best.noise / best.risks["standard"]
         found.append(
             f"{percent(part, 0)} of that risk is noise on the student's labels, which stays the "
             "same under any surrogate; a ridge would reduce it."
         )
-    if columns[0].chain is not None:
-        found.append(_chain_sentence(columns[0], columns[0].chain, options))
-    return [" ".join(found)]
+    told = next(
+        (
+            c
+            for c in columns
+            if c.chain
+            and math.isfinite(c.chain.gain(c.chain.best_student))
+            and math.isfinite(c.chain.standard)
+        ),
+        None,
+    )
+    if told is not None and told.chain is not None:
+        found.append(_chain_sentence(told, told.chain, options))
+    lines = [" ".join(found)]
+    if not all(map(math.isfinite, _shown(columns))):
+        lines.append(
+            "inf: n (or m) equals the number of features that are fitted, where noise makes the "
+            "risk of a fit without ridge diverge; gains to or over it are shown as -."
+        )
+    return lines
+
+
+def _shown(columns: Sequence[Column]) -> Iterator[float]:
+    """All risks of the table."""
+    for column in columns:
+        yield from column.risks.values()
+        if column.chain is not None:
+            yield from (column.chain.surrogate, column.chain.student, column.chain.best_student)
 
 
 def _chain_sentence(column: Column, chain: Chain, options: TheoryRisk) -> str:
     gain = chain.gain(chain.best_student)
-    labels = "n true labels" + (" with the same noise" if options.noise_s != options.noise else "")
+    noise = f" with noise {options.noise_s:g} too" if options.noise_s != options.noise else ""
+    labels = f"n true labels{noise}"
     seen = "all features" if chain.size == options.p else f"the first {chain.size:,} features"
-    if gain > _NOTHING:
+    if gain > NOTHING:
         end = f"leaves its student {percent(gain)} less risk than {labels} would"
-    elif gain < -_NOTHING:
+    elif gain < -NOTHING:
         end = f"leaves its student {percent(-gain)} more risk than {labels} would"
     else:
         end = f"is worth as much as {labels}"
@@ -168,184 +196,23 @@ def _chain_sentence(column: Column, chain: Chain, options: TheoryRisk) -> str:
     )
 
 
-# plan
-
-
-def plan(data: Data, estimate: Any, found: Plan, curves: Sequence[Curve]) -> None:
-    """Prints whether the theory holds on the data, and what it predicts.
-
-    Args:
-      data: the user's file.
-      estimate: what was estimated from it.
-      found: the predictions.
-      curves: theory against fits, for the given ridge and the best one.
-    """
-    console = Console()
-    rows, p = data.features.shape
-    outputs = 1 if estimate.weights.ndim == 1 else estimate.weights.shape[-1]
-    many = f", {outputs} outputs" if outputs > 1 else ""
-    null = found.null_risk + found.noise_var
-    console.print(
-        f"{data.name}: {rows:,} rows, {p:,} features{many}; squared errors"
-        f"{' summed over outputs' if outputs > 1 else ''}: predicting the mean {number(null)}, of "
-        f"which noise {number(found.noise_var)}",
-        highlight=False,
-        markup=False,
-    )
-    say("Is the theory right here? Held-out error of fits on random rows:")
-    console.print(_curve_table(curves))
-    say(trust(curves))
-    ridge = f"ridge {found.given.standard.ridge:g}"
-    for kind, answers, which in (
-        ("given", found.given, ridge),
-        ("tuned", found.tuned, "the best ridge for each"),
-    ):
-        say(f"Predicted for n = {found.n:,}, m = {found.m:,}, {which}:")
-        console.print(_answer_table(kind, answers, found, p))
-    say(
-        "Gain: of excess risk (error less noise), against n true labels with the same kind of "
-        "ridge. Bounds: the truth is needed to build such a surrogate.",
-        "dim",
-    )
-    for line in plan_sentences(found, p, curves[-1].off()):
-        say(line)
-    say(
-        "Caveats: for linear or ridge students on these fixed features and squared error, not "
-        "accuracy; Gaussian features; the surrogate's m rows are others than the student's n; "
-        f"spectrum, truth and noise are estimates from {rows:,} rows"
-        + (f", and n = {found.n:,} or m = {found.m:,} is beyond them."
-           if max(found.n, found.m) > rows else "."),
-        "dim",
-    )  # fmt: skip
-
-
-def _curve_table(curves: Sequence[Curve]) -> Table:
-    table = Table()
-    table.add_column("n", justify="right")
-    for curve in curves:
-        table.add_column(f"ridge {curve.ridge:.3g}: predicted", justify="right")
-        table.add_column("measured", justify="right", no_wrap=True)
-    for i, n in enumerate(curves[0].n):
-        cells = [
-            cell
-            for curve in curves
-            for cell in (
-                number(curve.predicted[i]),
-                _simulated(curve.measured[i], curve.error[i]),
-            )
-        ]
-        table.add_row(f"{n:,}", *cells)
-    return table
-
-
-def trust(curves: Sequence[Curve]) -> str:
-    """Whether the predictions agree with the measurements, in a sentence for each ridge."""
-    found = []
-    for curve in curves:
-        off = curve.off()
-        name = f"With ridge {curve.ridge:.3g}"
-        if off <= _TRUSTED:
-            found.append(
-                f"{name} it can be trusted: off by at most {percent(off)} beyond the error of the "
-                "measurement."
-            )
-        elif off <= _ROUGH:
-            found.append(f"{name} it holds roughly: off by up to {percent(off)}.")
-        else:
-            found.append(f"{name} it can NOT be trusted: off by up to {percent(off, 0)}.")
-    return " ".join(found)
-
-
-def _answer_table(kind: str, answers: Answers, found: Plan, p: int) -> Table:
-    table = Table()
-    table.add_column("the student's labels")
-    for name in ("error", "excess", "gain", *(("ridge",) if kind == "tuned" else ())):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, text in _ways(answers, found, p):
-        if name == "mask":
-            table.add_section()
-        answer: Answer = getattr(answers, name)
-        cells = [number(answer.risk + found.noise_var), number(answer.risk)]
-        cells.append("" if name == "standard" else percent(answer.gain))
-        if kind == "tuned":
-            cells.append(f"{answer.ridge:.3g}")
-        table.add_row(text, *cells, style="bold" if name == "standard" else "")
-    return table
-
-
-def _ways(answers: Answers, found: Plan, p: int) -> list[tuple[str, str]]:
-    mixed = answers.mixed
-    return [
-        ("standard", "n true labels"),
-        ("direct", "m true labels instead"),
-        ("two_stage", f"surrogate of m labels, {answers.two_stage.size:,} of {p:,} directions"),
-        ("mixed", f"{percent(mixed.weight, 0)} such labels, {percent(1 - mixed.weight, 0)} true"),
-        ("mask", f"bound: truth on {answers.mask.size:,} of {p:,} directions"),
-        ("optimal", "bound: optimal surrogate"),
-    ]
-
-
-def plan_sentences(found: Plan, p: int, off: float) -> list[str]:
-    """For surrogate, mask and mixed labels: would it help, and by how much.
-
-    Args:
-      found: the predictions; those with the best ridge decide.
-      p: number of features.
-      off: how far the theory was off on the data, as a part of the error.
-
-    Returns:
-      One line for each.
-    """
-    best = found.tuned
-    standard = best.standard.risk
-    unsure = off * (standard + found.noise_var)
-
-    def line(name: str, answer: Answer, what: str) -> str:
-        change = f"error {number(standard + found.noise_var)} -> "
-        change += f"{number(answer.risk + found.noise_var)}, {percent(answer.gain)} of excess risk"
-        if answer.gain > 0.01 and standard - answer.risk > unsure:
-            return f"{name}: would help. {what}: {change}."
-        if answer.gain > _NOTHING:
-            small = answer.gain <= 0.01
-            why = "next to nothing" if small else "less than the theory is off here"
-            return f"{name}: can't be told to help. {what}: {change}, {why}."
-        return f"{name}: would not help. {what}: {change}."
-
-    two, mixed = best.two_stage, best.mixed
-    ending = "" if two.size < p else ", as it stands (dropping directions makes it worse)"
-    answers = [
-        line("Surrogate", two, f"Trained on {found.m:,} labels, with {two.size:,} of {p:,} "
-             f"directions{ending}"),
-        line("Mask", best.mask, "A perfect surrogate (a bound) kept to the first "
-             f"{best.mask.size:,} directions"),
-        line("Mixing", mixed, f"{percent(mixed.weight, 0)} of the surrogate's labels"),
-    ]  # fmt: skip
-    if best.two_stage.gain > _NOTHING:
-        more = "better than" if best.direct.risk < two.risk else "no better than"
-        answers.append(
-            f"Without any surrogate, the student trained on those {found.m:,} true labels itself "
-            f"would be {more} that: error {number(best.direct.risk + found.noise_var)}."
-        )
-    return answers
-
-
 # text
 
 
 def number(value: float) -> str:
     """Four digits, without an exponent where that is readable."""
     if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
+        return f"{value + 0.0:g}"  # no -0
     if 1e-4 <= abs(value) < 1e5:
         return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
     return f"{value:.3e}"
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """``30.3 %``."""
-    rounded = round(100 * value, digits) + 0.0
-    return f"{rounded:.{digits}f} %" if math.isfinite(rounded) else f"{value:g}"
+    """``30.3 %``, or ``-`` where something infinite was compared."""
+    return f"{round(100 * value, digits) + 0.0:.{digits}f} %" if math.isfinite(value) else "-"
 
 
-def _simulated(mean: float, error: float) -> str:
+def with_error(mean: float, error: float) -> str:
+    """``2.680 ± 0.15``."""
     return f"{number(mean)} ± {error:.2g}"

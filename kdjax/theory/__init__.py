@@ -5,7 +5,22 @@ Features are Gaussian with covariance diag(lam); the truth ``x . beta_star`` has
 interpolator, least squares, or ridge. Every function takes spectra [..., p] on the last axis and
 scalars [...] that may be Python numbers, arrays or tracers; all are differentiable, and work under
 jit and vmap. Risks are excess risks. Invalid values raise ValueError when they are known, and give
-NaN under a trace.
+NaN under a trace. float32 is good to a few units of its last digit; small differences of risks
+want ``jax_enable_x64``.
+
+What is asked, and what answers:
+
+- A student of true labels, or of a given surrogate: `excess_risk`; its training error: `train_mse`.
+- The best surrogate there is: `optimal_surrogate`, `optimal_gain`, `optimal_surrogate_risk`; the
+  best one that only drops features: `optimal_mask`, `mask_threshold`, `masked_risk`.
+- A surrogate that is trained too, or a chain: `two_stage_risk`, `multi_stage_risk`; at equal
+  budgets, with its best size: `equal_budget`; with the best ridge: `tuned_ridge`.
+- True and surrogate labels mixed: `mixed_label_risk`, `optimal_mix`.
+- Random features, early stopping: `rf_moments`, `rf_excess_risk`, `gradient_flow_moments`.
+- How it scales: `power_law`, `scaling_exponent`, `scaling_constants`, `scaling_law`.
+- Does the student beat strong labels, or its teacher: `gains`, `pgr`, `misfit_gain`.
+- One's own problem: `diagonalize` a covariance, `estimate` from data, `learning_curve`, `plan`.
+- A check by experiment: `simulate_one_stage`, `simulate_two_stage`.
 
 Source: Ildiz, Gozeten, Taga, Mondelli, Oymak, "High-dimensional Analysis of Knowledge Distillation:
 Weak-to-Strong Generalization and Scaling Laws", ICLR 2025, arXiv 2410.18837. What goes beyond it

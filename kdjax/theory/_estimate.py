@@ -93,7 +93,8 @@ def diagonalize(Sigma: Any, beta: Any, *, rank_tol: float = 0.0) -> Diagonalized
 
     Args:
       Sigma: covariance of the features, symmetric, [p, p].
-      beta: the dense truth, [p], or several, [p, k].
+      beta: the dense truth, [p], or several, [p, k], whose result's transpose is a batch of truths
+        for the risks.
       rank_tol: eigenvalues up to ``rank_tol * max(lam)`` become zeros, at least 0. An eigensolver
         leaves about 1e-16 (float32: 1e-7) of the largest where there should be a zero, and the
         theory counts that towards the rank: pass 1e-12 (float32: 1e-6) for a singular covariance.
@@ -131,6 +132,9 @@ def diagonalize(Sigma: Any, beta: Any, *, rank_tol: float = 0.0) -> Diagonalized
     dtype = jnp.result_type(Sigma, beta)
     lam, basis = jnp.linalg.eigh(Sigma.astype(dtype), symmetrize_input=True)
     lam, basis = lam[::-1], basis[:, ::-1]
+    # Rounding of the eigensolver grows with the size; what is clearly negative is refused.
+    rounding = max(_inputs.NEGATIVE, 8 * lam.size * float(jnp.finfo(dtype).eps)) * lam[0]
+    lam = jnp.where((lam < 0) & (lam >= -rounding), 0.0, lam)
     lam = _inputs.spectrum("Sigma's eigenvalues", lam)
     lam = jnp.where(lam <= rank_tol * lam[0], 0.0, lam)
     rotated = jnp.matmul(basis.T, beta.astype(dtype), precision=jax.lax.Precision.HIGHEST)
@@ -311,7 +315,9 @@ def _data(features: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     if y.ndim == 1 and np.issubdtype(y.dtype, np.integer):
         if y.min() < 0:
-            raise ValueError(f"labels must be classes from 0, got {y.min()}.")
+            raise ValueError(
+                f"labels must be classes 0 .. K - 1 where they are integers, got {y.min()}."
+            )
         y = y[:, None] == np.arange(y.max() + 1)
     x, y = x.astype(np.float64), y.reshape(len(y), -1).astype(np.float64)
     for name, z in (("features", x), ("labels", y)):
@@ -326,7 +332,8 @@ def _host(name: str, z: Any) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, got {_checks.describe(z)}.") from error
     if not (jnp.issubdtype(z.dtype, jnp.floating) or jnp.issubdtype(z.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be a real array, got {_checks.describe(z)}.")
+        hint = "; encode classes as integers 0 .. K - 1" if name == "labels" else ""
+        raise TypeError(f"{name} must be a real array, got {_checks.describe(z)}{hint}.")
     return z
 
 

@@ -8,6 +8,7 @@ into NaN, never into a wrong finite number.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -38,10 +39,21 @@ SECOND = Bounds(low=0.0, infinite=True)
 
 def real(name: str, x: Any) -> jax.Array:
     """``x`` as a floating array of at least float32; integers become floats, nothing else does."""
-    x = _checks.as_array(name, x)
+    x = _checks.as_array(name, _without_int64(x))
     if jnp.issubdtype(x.dtype, jnp.integer):
         x = x.astype(jnp.result_type(float))
     return _checks.floating(name, x)
+
+
+def _without_int64(x: Any) -> Any:
+    """Known integers as floats: without x64, jax would wrap what doesn't fit into 32 bits."""
+    if not isinstance(x, (list, tuple, int, np.generic, np.ndarray)) or isinstance(x, bool):
+        return x
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        known = np.asarray(x)
+        if known.dtype.kind in "iuO":
+            return known.astype(np.float64)
+    return x
 
 
 def real_scalar(name: str, x: Any, bounds: Bounds = ANY) -> jax.Array:
@@ -49,7 +61,10 @@ def real_scalar(name: str, x: Any, bounds: Bounds = ANY) -> jax.Array:
     if isinstance(x, bool) or (getattr(x, "dtype", None) == np.bool_):
         raise TypeError(f"{name} must be a number, got {_checks.describe(x)}.")
     if isinstance(x, (int, float)):
-        x = float(x)
+        try:
+            x = float(x)
+        except OverflowError:
+            x = np.inf
         array = jnp.asarray(x)
     else:
         array = real(name, x)
@@ -64,7 +79,7 @@ def align(
 
     Args:
       vectors: name -> [..., p]. ``lam...`` are spectra (not negative, not all zero), ``mask...``
-        are boolean, ``second`` is at least 0 and may be infinite, the others are finite. The first
+        are boolean, ``...second`` at least 0, perhaps infinite, the others are finite. The first
         one says how long they all are.
       scalars: name -> (value, bounds).
 
@@ -80,8 +95,10 @@ def align(
                 f"{name} must have {lead.shape[-1]} entries on its last axis like {first}, "
                 f"got shape {tuple(x.shape)}."
             )
-    _check_batch({**{k: x.shape[:-1] for k, x in arrays.items()},
-                  **{k: x.shape for k, x in numbers.items()}})  # fmt: skip
+    # Arguments that stand in for others by default aren't named twice.
+    given = {id(x): name for name, x in reversed(list(vectors.items()))}
+    shapes = {name: arrays[name].shape[:-1] for name in reversed(given.values())}
+    _check_batch({**shapes, **{name: x.shape for name, x in numbers.items()}})
     rank = max([x.ndim for x in arrays.values()] + [x.ndim + 1 for x in numbers.values()])
     reals = [x for x in arrays.values() if x.dtype != jnp.bool_]
     dtype = jnp.result_type(*reals, *numbers.values())
@@ -129,7 +146,7 @@ def _vector(name: str, x: Any) -> jax.Array:
             raise TypeError(f"{name} must be a boolean array, got {_checks.describe(x)}.")
     else:
         x = real(name, x)
-        if name == "second":
+        if name.endswith(("second", "variance")):
             _check_bounds(name, x, SECOND)
             x = _valid_or_nan(x, SECOND)
         elif not _checks.is_traced(x):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kdjax.theory import _inputs
 from kdjax.theory._risk import sizes, variance_factor
 from kdjax.theory._spectrum import amplified, resolve, total
-from kdjax.theory._stages import Moments
+from kdjax.theory._stages import Moments, spread
 
 
 def mixed_label_risk(
@@ -140,7 +140,7 @@ def _aligned(
         },
         scalars,
     )
-    variance = second[0] - mean**2 if second else jnp.zeros_like(mean)
+    variance = spread(mean, second[0]) if second else jnp.zeros_like(mean)
     return [lam, test, star, mean, variance], numbers
 
 
@@ -158,10 +158,14 @@ def _risk(
 ) -> jax.Array:
     s = resolve(lam, n, ridge)
     mixed = (1 - xi) * beta_star + xi * mean
-    variance = xi**2 * variance
-    fitted = lam_test * ((beta_star - s.learned * mixed) ** 2 + s.learned**2 * variance)
+    # Labels of infinite variance teach nothing, unless their weight is 0.
+    hopeless = jnp.any(jnp.isinf(variance), axis=-1, keepdims=True) & (xi != 0)
+    variance = xi**2 * jnp.where(jnp.isinf(variance), 0.0, variance)
+    error = s.zeta * beta_star + s.learned * xi * (beta_star - mean)  # of the mean estimator
+    fitted = lam_test * (error**2 + s.learned**2 * variance)
     unlearned = total(lam * s.zeta**2 * (mixed**2 + variance)) + (1 - xi) ** 2 * noise_var
-    return total(fitted) + amplified(variance_factor(s, lam_test, n) * unlearned, s.inverse_gap)
+    risk = total(fitted) + amplified(variance_factor(s, lam_test, n) * unlearned, s.inverse_gap)
+    return jnp.where(hopeless, jnp.inf, risk)
 
 
 @jax.jit
@@ -176,6 +180,8 @@ def _best(
     ridge: jax.Array,
 ) -> jax.Array:
     s = resolve(lam, n, ridge)
+    hopeless = jnp.any(jnp.isinf(variance), axis=-1, keepdims=True)
+    variance = jnp.where(jnp.isinf(variance), 0.0, variance)
     shift = mean - beta_star
     square = shift**2 + variance
     # Both sides of "curvature times xi = pull", times 1 - omega, which may be 0.
@@ -185,5 +191,5 @@ def _best(
     curvature += factor * (noise_var + total(unlearned * square))
     pull = s.gap * total(lam_test * s.learned * s.zeta * shift * beta_star)
     pull += factor * (noise_var - total(unlearned * beta_star * shift))
-    flat = curvature == 0
+    flat = (curvature == 0) | hopeless
     return jnp.where(flat, 0.0, pull / jnp.where(flat, 1.0, curvature))

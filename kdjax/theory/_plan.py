@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,10 @@ class Answer(NamedTuple):
 
     Attributes:
       risk: excess risk of the student.
-      gain: ``1 - risk / standard.risk`` of the same Answers; negative where it does harm.
+      gain: ``1 - risk / standard.risk`` of the same Answers; negative where it does harm, NaN
+        where both are infinite.
       ridge: the student's ridge.
+      surrogate_ridge: ridge of the surrogate that was trained; NaN where there is none.
       surrogate_risk: excess risk of what labels the samples, alone; NaN where there is none.
       size: number of features that the surrogate uses, by falling eigenvalue.
       weight: weight of the surrogate's labels, the rest being true labels.
@@ -35,6 +38,7 @@ class Answer(NamedTuple):
     risk: float
     gain: float
     ridge: float
+    surrogate_ridge: float
     surrogate_risk: float
     size: int
     weight: float
@@ -46,6 +50,7 @@ class Answers(NamedTuple):
     Attributes:
       standard: n true labels (with their noise); what the others are compared with.
       direct: m true labels instead, what the surrogate needs, and no surrogate.
+      together: n + m true labels, what mixing needs, all given to the student and no surrogate.
       optimal: the best surrogate there is. A bound: it takes the truth to build it.
       mask: the best 0-1 mask of the truth. Also a bound: a surrogate with unlimited data.
       two_stage: a surrogate trained on m true labels of its top ``size`` features.
@@ -54,6 +59,7 @@ class Answers(NamedTuple):
 
     standard: Answer
     direct: Answer
+    together: Answer
     optimal: Answer
     mask: Answer
     two_stage: Answer
@@ -90,13 +96,16 @@ def plan(
     """Predicts, for n samples, whether a surrogate, a mask or mixed labels would help.
 
     Bounds (``optimal``, ``mask``) say what there is to be gained at most; ``two_stage`` and
-    ``mixed`` are surrogates that can be trained. Two honest columns: ``direct`` spends the m true
-    labels on the student instead of a surrogate, and ``tuned`` gives every way its best ridge:
-    part of a gain without a ridge is what a ridge would have given, and ``tuned`` says what
-    remains. Without noise on a power law nearly all of it does, with noise much less.
+    ``mixed`` are surrogates that can be trained. Their gains are over n true labels, but they cost
+    more: compare ``two_stage`` with ``direct``, which spends the surrogate's m true labels on the
+    student itself, and ``mixed`` with ``together``, which spends all n + m. And ``tuned`` gives
+    every way its best ridge: part of a gain without a ridge is what a ridge would have given, and
+    ``tuned`` says what remains. Without noise on a power law nearly all of it does, with noise
+    much less.
 
-    The student sees the surrogate's outputs as they are, without noise, so that the bounds also
-    profit from clean labels.
+    The student sees the surrogate's outputs as they are, without noise: part of the gain of the
+    bounds is that of clean labels. `optimal_surrogate_risk` and `masked_risk` with a ``noise_var``
+    put the noise on the surrogate's labels too, and find less to be gained.
 
     Args:
       problem: an Estimate, or ``(lam, beta, noise_var)``: eigenvalues [p], truth [p], noise of
@@ -127,12 +136,14 @@ def plan(
     unit = float(jnp.max(lam))
     # The given ridge comes first, so that one search answers for it and for the best.
     grid, few = np.r_[0.0, np.geomspace(1e-8, 1e2, 50)], np.r_[0.0, np.geomspace(1e-7, 1e1, 9)]
-    for_n, for_m, for_s = (
-        np.r_[ridge, unit * count * x] for count, x in ((n, grid), (m, grid), (m, few))
+    for_n, for_m, for_both, for_s = (
+        np.r_[ridge, unit * count * x]
+        for count, x in ((n, grid), (m, grid), (n + m, grid), (m, few))
     )
     sizes = _sizes(lam.shape[0])
     found = _search(
-        lam, beta, noise, *(jnp.asarray(x, lam.dtype) for x in (n, m, for_n, for_m, for_s)),
+        lam, beta, noise,
+        *(jnp.asarray(x, lam.dtype) for x in (n, m, for_n, for_m, for_both, for_s)),
         jnp.asarray(sizes),
     )  # fmt: skip
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
@@ -142,7 +153,8 @@ def plan(
         found.weight[:1, :1],
         found.surrogate[:1],
     )
-    given, tuned = (_answers(for_n, for_m, sizes, x) for x in (only, found))
+    students = {"direct": for_m, "together": for_both}
+    given, tuned = (_answers(for_n, students, for_s, sizes, x) for x in (only, found))
     return Plan(n, m, float(noise), float(jnp.sum(lam * beta**2)), given, tuned)
 
 
@@ -176,31 +188,39 @@ def _sizes(p: int) -> np.ndarray:
 
 def _answers(
     for_n: np.ndarray,
-    for_m: np.ndarray,
+    others: Mapping[str, np.ndarray],
+    for_s: np.ndarray,
     sizes: np.ndarray,
     found: _Found,
 ) -> Answers:
-    """The best of all ridges and mask sizes in ``found``, for each way."""
+    """The best of all ridges and mask sizes in ``found``, for each way.
+
+    ``for_n`` are the ridges of n samples, ``others`` those of the ways with another number.
+    """
     best = {name: np.unravel_index(np.argmin(x), x.shape) for name, x in found.risks.items()}
     least = {name: float(x[best[name]]) for name, x in found.risks.items()}
 
-    def answer(name: str, surrogate: float, size: int, weight: float) -> Answer:
-        ridge = float((for_m if name == "direct" else for_n)[best[name][0]])
+    def answer(name: str, own_ridge: float, own: float, size: int, weight: float) -> Answer:
+        ridge = float(others.get(name, for_n)[best[name][0]])
         gain = _gain(least[name], least["standard"])
-        return Answer(least[name], gain, ridge, surrogate, size, weight)
+        return Answer(least[name], gain, ridge, own_ridge, own, size, weight)
+
+    def truth(name: str) -> Answer:
+        return answer(name, np.nan, np.nan, 0, 0.0)
 
     def trained(name: str, weight: float) -> Answer:
         _, of_surrogate, size = best[name]
         risk = float(found.surrogate[of_surrogate, size])
-        return answer(name, risk, int(sizes[size]), weight)
+        return answer(name, float(for_s[of_surrogate]), risk, int(sizes[size]), weight)
 
     def bound(name: str) -> Answer:
         own, size = (float(x[best[name][0]]) for x in found.bounds[name])
-        return answer(name, own, int(size), 1.0)
+        return answer(name, np.nan, own, int(size), 1.0)
 
     return Answers(
-        standard=answer("standard", float("nan"), 0, 0.0),
-        direct=answer("direct", float("nan"), 0, 0.0),
+        standard=truth("standard"),
+        direct=truth("direct"),
+        together=truth("together"),
         optimal=bound("optimal"),
         mask=bound("mask"),
         two_stage=trained("two_stage", 1.0),
@@ -210,7 +230,7 @@ def _answers(
 
 def _gain(risk: float, standard: float) -> float:
     if risk == standard:
-        return 0.0
+        return 0.0 if np.isfinite(risk) else np.nan
     return 1.0 - risk / standard if np.isfinite(standard) else 1.0
 
 
@@ -232,6 +252,7 @@ def _search(
     m: jax.Array,
     for_n: jax.Array,
     for_m: jax.Array,
+    for_both: jax.Array,
     for_s: jax.Array,
     sizes: jax.Array,
 ) -> _Found:
@@ -255,22 +276,25 @@ def _search(
     two_stage, mixed, weight = jax.lax.map(student, for_n)
     gain = optimal_gain(lam, n, for_n)
     kept = optimal_mask(lam, n, for_n)
-    # standard, direct, optimal, mask: four rows of one call, [4, R].
+    # standard, direct, together, optimal, mask: five rows of one call, [5, R].
     target = jnp.broadcast_to(beta, gain.shape)
     masked = jnp.where(kept, target, 0.0)
     rows = excess_risk(
         lam,
         beta,
-        jnp.stack([target, target, gain * target, masked]),
-        n=jnp.stack([n, m, n, n])[:, None],
-        noise_var=jnp.stack([noise, noise, 0 * noise, 0 * noise])[:, None],
-        ridge=jnp.stack([for_n, for_m, for_n, for_n]),
+        jnp.stack([target, target, target, gain * target, masked]),
+        n=jnp.stack([n, m, n + m, n, n])[:, None],
+        noise_var=noise * jnp.array([1, 1, 1, 0, 0], lam.dtype)[:, None],
+        ridge=jnp.stack([for_n, for_m, for_both, for_n, for_n]),
     ).total
-    risks = dict(zip(("standard", "direct", "optimal", "mask"), rows, strict=True))
+    names = ("standard", "direct", "together", "optimal", "mask")
+    risks = dict(zip(names, rows, strict=True))
     risks["two_stage"], risks["mixed"] = (
         jnp.where(peak[None], jnp.inf, x) for x in (two_stage, mixed)
     )
-    risks = {name: jnp.where(jnp.isnan(x), jnp.inf, x) for name, x in risks.items()}
+    risks = {
+        name: jnp.where(jnp.isnan(x), jnp.inf, jnp.maximum(x, 0.0)) for name, x in risks.items()
+    }
     bounds = {
         "optimal": (jnp.sum(lam[None] * ((gain - 1) * target) ** 2, -1), jnp.sum(gain > 0, -1)),
         "mask": (jnp.sum(lam[None] * (target - masked) ** 2, -1), jnp.sum(kept, -1)),

@@ -220,10 +220,10 @@ def _learned(
 ) -> _Learned:
     positive = lam > 0
     scale = nonzero(lam + gamma)
-    learned = jnp.where(positive, lam / scale, 0.0) + 0 * gamma
-    zeta = jnp.where(positive, gamma / scale, 1.0) + 0 * gamma
-    missed = jnp.where(positive, zeta, 0.0)
-    rank = total(positive.astype(lam.dtype))
+    learned = lam / scale
+    zeta = jnp.where(lam + gamma == 0, 1.0, gamma / scale)
+    missed = jnp.where(positive, zeta, -learned)  # an eigenvalue of 0 counts as 0, with its slope
+    rank = total(jnp.where(positive, 1.0, 0 * lam))
     # With both sizes infinite everything is learned; finite stand-ins keep derivatives finite.
     ideal = jnp.isinf(n) & jnp.isinf(k)
     n_, k_ = (jnp.where(ideal, rank + 1, x) for x in (n, k))
@@ -238,7 +238,7 @@ def _learned(
         learned=learned,
         zeta=zeta,
         density=learned / scale,
-        spread=total(learned * missed),
+        spread=total(learned * zeta),
         samples_left=jnp.where(ideal, jnp.inf, samples),
         features_left=jnp.where(ideal, 1.0, features),
         small_left=left,
@@ -300,7 +300,9 @@ def _gamma(
         bend = left * (gap + left / large) / nonzero(gap + 2 * left / large)
         return excess / (total(learned * zeta) + bend)
 
-    root = climb(relative_step, start, done=vanishes, max_steps=max_steps)
+    # z <= sum(lam) / gamma and d (d + |n - k|) = k ridge / gamma: each at most min(n, k) / 2 here.
+    bound = 2 * jnp.maximum(total(lam), 2 * _of_large(n, k) * ridge) / small
+    root = climb(relative_step, start, bound, done=vanishes, max_steps=max_steps)
     return jnp.where(vanishes, 0.0, root)
 
 

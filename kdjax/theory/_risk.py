@@ -93,7 +93,7 @@ def excess_risk(
         sizes(n, noise_var, ridge),
     )
     terms = _excess_risk(lam, lam_test, beta_star, beta_s, n, noise_var, ridge, exact_ols)
-    return RiskTerms(*(x[..., 0] for x in terms))
+    return RiskTerms(*jnp.broadcast_arrays(*(x[..., 0] for x in terms)))
 
 
 def train_mse(
@@ -151,9 +151,13 @@ def gcv(train_mse: Any, *, n: Any, df1: Any) -> jax.Array:
       >>> print(theory.gcv(0.25, n=100, df1=50.0))
       1.0
     """
-    error = _inputs.real_scalar("train_mse", train_mse, _inputs.NONNEGATIVE)
-    n = _inputs.real_scalar("n", n, _inputs.COUNT)
-    df1 = _inputs.real_scalar("df1", df1, _inputs.NONNEGATIVE)
+    error, n, df1 = _inputs.numbers(
+        {
+            "train_mse": (train_mse, _inputs.NONNEGATIVE),
+            "n": (n, _inputs.COUNT),
+            "df1": (df1, _inputs.NONNEGATIVE),
+        }
+    )
     left = 1 - df1 / n
     return jnp.where(left > 0, error / jnp.where(left > 0, left, 1.0) ** 2, jnp.nan)
 
@@ -186,7 +190,9 @@ def _excess_risk(
     s = resolve(lam, n, ridge, exact_ols=exact_ols)
     unlearned = total(lam * s.zeta**2 * beta_s**2)
     factor = variance_factor(s, lam_test, n)
-    bias = total(lam_test * (beta_star - s.learned * beta_s) ** 2)
+    # beta_star - L beta_s, without its cancellation where nearly all is learned.
+    error = s.zeta * beta_star + s.learned * (beta_star - beta_s)
+    bias = total(lam_test * error**2)
     var_signal = amplified(factor * unlearned, s.inverse_gap)
     var_noise = amplified(factor * noise_var, s.inverse_gap)
     gamma2 = amplified(noise_var + unlearned, s.inverse_gap)

@@ -92,11 +92,11 @@ def power_law(p: int, alpha: Any, b: Any) -> tuple[jax.Array, jax.Array]:
       alpha = 2, b = 1.5).
     """
     p = _checks.count("p", p)
-    alpha = _inputs.real_scalar("alpha", alpha)[..., None]
-    b = _inputs.real_scalar("b", b)[..., None]
-    log_i = jnp.log(jnp.arange(1, p + 1, dtype=jnp.result_type(float, alpha, b)))
-    log_i = log_i.reshape((1,) * (max(alpha.ndim, b.ndim) - 1) + (p,))
-    return jnp.exp(-alpha * log_i), jnp.exp((alpha - b) / 2 * log_i)
+    alpha, b = _inputs.numbers({"alpha": (alpha, _inputs.ANY), "b": (b, _inputs.ANY)})
+    alpha, b = alpha[..., None], b[..., None]
+    i = jnp.arange(1, p + 1, dtype=jnp.result_type(float, alpha, b))
+    i = i.reshape((1,) * (max(alpha.ndim, b.ndim) - 1) + (p,))
+    return i**-alpha, i ** ((alpha - b) / 2)
 
 
 def scaling_exponent(alpha: Any, b: Any) -> jax.Array:

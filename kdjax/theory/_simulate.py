@@ -105,7 +105,7 @@ def simulate_one_stage(
         },
         {"noise_var": noise_var, "ridge": ridge},
     )
-    order = _kept(_known("lam", given))
+    order = _kept(_known("lam", given).astype(lam.dtype))
     chunk = _chunk(chunk, trials, n * len(order))
     with _one_blas_thread():
         risks = _one_stage(
@@ -183,8 +183,10 @@ def simulate_two_stage(
         {"noise_s": noise_s, "noise_t": noise_t, "ridge_s": ridge_s, "ridge_t": ridge_t},
     )
     noise_s, noise_t, ridge_s, ridge_t = numbers
-    order_t = _kept(_known("lam_t", given_t))
-    order_s = _kept(_known("lam_s", given_s), *(_known("mask", x) for x in masked.values()))
+    order_t = _kept(_known("lam_t", given_t).astype(lam_t.dtype))
+    order_s = _kept(
+        _known("lam_s", given_s).astype(lam_s.dtype), *(_known("mask", x) for x in masked.values())
+    )
     if not len(order_s):
         raise ValueError("mask must keep at least one feature of lam_s above 0, got none.")
     chunk = _chunk(chunk, trials, max(m, n) * lam_s.shape[0])

@@ -56,7 +56,8 @@ def effective_reg(
 
     Returns:
       tau, [...], in the units of lam. NaN where a traced argument is invalid, or where
-      ``max_steps`` were not enough.
+      ``max_steps`` were not enough. At n = rank without a ridge the slope in the ridge is
+      infinite, and 0 is returned for it.
 
     Raises:
       ValueError: if a known eigenvalue is negative or not finite, all are zero, n is not above 0,
@@ -129,16 +130,16 @@ def resolve(lam: jax.Array, n: jax.Array, ridge: jax.Array, *, exact_ols: bool =
     tau = _tau(lam, n, ridge, 60)
     positive = lam > 0
     scale = nonzero(lam + tau)
-    learned = jnp.where(positive, lam / scale, 0.0) + 0 * tau
-    zeta = jnp.where(positive, tau / scale, 1.0) + 0 * tau
+    learned = lam / scale
+    zeta = jnp.where(lam + tau == 0, 1.0, tau / scale)
     density = learned / scale
     rank = _rank(lam)
     # 1 - sum(L) / n and 1 - sum(L^2) / n lose all their digits near n = rank; these forms don't.
     # Those for n >= rank also hold at tau = 0, with the right slope in the ridge.
-    missed = jnp.where(positive, zeta, 0.0)
     slack = ridge / nonzero(tau)
+    missed = jnp.where(positive, zeta, -learned)  # an eigenvalue of 0 counts as 0, with its slope
     unfitted = jnp.where(n >= rank, n - rank + total(missed), slack) / n
-    gap = _gap(learned, missed, n, rank, slack) / n
+    gap = _gap(learned, zeta, positive, n, slack) / n
     positive_gap = jnp.where(gap > 0, gap, 1.0)
     inverse = jnp.where(gap > 0, 1 / positive_gap, jnp.where(gap == 0, jnp.inf, jnp.nan))
     if exact_ols:
@@ -150,11 +151,12 @@ def resolve(lam: jax.Array, n: jax.Array, ridge: jax.Array, *, exact_ols: bool =
 
 
 def _gap(
-    learned: jax.Array, missed: jax.Array, n: jax.Array, rank: jax.Array, slack: jax.Array
+    learned: jax.Array, zeta: jax.Array, positive: jax.Array, n: jax.Array, slack: jax.Array
 ) -> jax.Array:
     """``n (1 - omega) = n - sum(L^2)``: the slope of F in log tau, as a sum of positive terms."""
-    above = n - rank + total(missed * (2 - missed))
-    return jnp.where(n >= rank, above, total(learned * missed) + slack)
+    rank = total(jnp.where(positive, 1.0, 0 * learned))
+    above = n - rank + total(jnp.where(positive, zeta * (2 - zeta), -(learned**2)))
+    return jnp.where(n >= rank, above, total(learned * zeta) + slack)
 
 
 def _rank(lam: jax.Array) -> jax.Array:
@@ -176,7 +178,8 @@ def amplified(x: jax.Array, inverse_gap: jax.Array) -> jax.Array:
 
 def truncated(lam: jax.Array, rank_tol: jax.Array) -> jax.Array:
     """The spectrum with everything up to ``rank_tol * max(lam)`` set to zero."""
-    return jnp.where(lam <= rank_tol * jnp.max(lam, axis=-1, keepdims=True), 0.0, lam)
+    small = lam <= rank_tol * jnp.max(lam, axis=-1, keepdims=True)
+    return jnp.where(small & (lam > 0), 0.0, lam)
 
 
 def _size(n: Any, ridge: Any) -> dict[str, tuple[Any, _inputs.Bounds]]:
@@ -204,7 +207,8 @@ def _tau(lam: jax.Array, n: jax.Array, ridge: jax.Array, max_steps: int) -> jax.
         excess = known + (total(jnp.where(large, -zeta, learned)) + ridge / tau)
         return excess / (total(learned * zeta) + ridge / tau)
 
-    root = climb(relative_step, start, done=interpolates, max_steps=max_steps)
+    bound = (total(lam) + ridge) / n  # L <= lam / tau
+    root = climb(relative_step, start, bound, done=interpolates, max_steps=max_steps)
     return jnp.where(interpolates, 0.0, root)
 
 
@@ -217,9 +221,6 @@ def _tau_jvp(
     tau = _tau(lam, n, ridge, max_steps)
     scale = nonzero(lam + tau)
     zeta = tau / scale
-    positive = lam > 0
-    rank = _rank(lam)
-    missed = jnp.where(positive, zeta, 0.0)
-    slope = _gap(lam / scale, missed, n, rank, ridge / nonzero(tau))
+    slope = _gap(lam / scale, zeta, lam > 0, n, ridge / nonzero(tau))
     moved = (total(zeta**2 * dlam) + dridge - tau * dn) / nonzero(slope)
     return tau, jnp.where(slope == 0, 0.0, moved)

@@ -120,12 +120,13 @@ def estimator_moments(
       >>> print(f"{theory.moments_excess_risk(lam, beta, trained):.4f}")
       0.1194
     """
+    mean, second = _both(moments)
     masked = {} if mask is None else {"mask": mask}
     (lam, mean, second, *seen), (n, noise_var, ridge) = _inputs.align(
-        {"lam": lam, "mean": moments.mean, "second": moments.second, **masked},
-        sizes(n, noise_var, ridge),
+        {"lam": lam, "mean": mean, "second": second, **masked}, sizes(n, noise_var, ridge)
     )
-    return Moments(*_train(lam, mean, second, n, noise_var, ridge, *seen, exact_ols=exact_ols))
+    given = Estimator(mean, spread(mean, second), jnp.zeros_like(mean))
+    return train(lam, given, n, noise_var, ridge, *seen, exact_ols=exact_ols).moments()
 
 
 def moments_excess_risk(lam_test: Any, beta_star: Any, moments: Moments) -> jax.Array:
@@ -139,7 +140,8 @@ def moments_excess_risk(lam_test: Any, beta_star: Any, moments: Moments) -> jax.
       moments: of the estimator, each [..., p].
 
     Returns:
-      The excess risk, [...].
+      The excess risk, [...]. Relative to what the truth alone would cost, risks below the
+      precision of the moments (1e-7 in float32) are rounding; `multi_stage_risk` keeps them.
 
     Raises:
       ValueError: if a known value is out of its range, or shapes disagree.
@@ -151,16 +153,11 @@ def moments_excess_risk(lam_test: Any, beta_star: Any, moments: Moments) -> jax.
       >>> print(theory.moments_excess_risk(jnp.ones(3), jnp.ones(3), zero))
       3.0
     """
+    mean, second = _both(moments)
     (lam_test, beta_star, mean, second), _ = _inputs.align(
-        {
-            "lam_test": lam_test,
-            "beta_star": beta_star,
-            "mean": moments.mean,
-            "second": moments.second,
-        },
-        {},
+        {"lam_test": lam_test, "beta_star": beta_star, "mean": mean, "second": second}, {}
     )
-    return _moments_risk(lam_test, beta_star, mean, second)[..., 0]
+    return risk_of(lam_test, Estimator(mean, spread(mean, second), beta_star - mean))[..., 0]
 
 
 def two_stage_risk(
@@ -253,54 +250,95 @@ def multi_stage_risk(
       >>> print([f"{risk:.3f}" for risk in chain.risks])
       ['0.026', '0.070', '0.124']
     """
-    stages = list(stages)
+    if not isinstance(stages, Sequence) or isinstance(stages, Stage):
+        raise TypeError(f"stages must be a list of Stage tuples, got {_checks.describe(stages)}.")
     if not stages:
         raise ValueError("stages must hold at least one Stage, got none.")
     for stage in stages:
         if not isinstance(stage, Stage):
             raise TypeError(f"stages must hold Stage tuples, got {_checks.describe(stage)}.")
-    beta_star = _inputs.real("beta_star", beta_star)
     lam_test = stages[-1].lam if lam_test is None else lam_test
-    current, trained = Moments(beta_star, beta_star**2), []
+    (_, truth), _ = _inputs.align({"lam_test": lam_test, "beta_star": beta_star}, {})
+    current = Estimator(truth, jnp.zeros_like(truth), jnp.zeros_like(truth))
+    trained, risks = [], []
     for stage in stages:
-        options = stage._asdict()
-        current = estimator_moments(options.pop("lam"), current, **options)
-        trained.append(current)
-    risks = tuple(moments_excess_risk(lam_test, beta_star, moments) for moments in trained)
-    return MultiStage(risks[-1], risks, tuple(trained))
+        masked = {} if stage.mask is None else {"mask": stage.mask}
+        (lam, *rest), numbers = _inputs.align(
+            {"lam": stage.lam, "beta_star": beta_star, **current._asdict(), **masked},
+            sizes(stage.n, stage.noise_var, stage.ridge),
+        )
+        _, mean, variance, error, *seen = rest
+        given = Estimator(mean, variance, error)
+        current = train(lam, given, *numbers, *seen, exact_ols=stage.exact_ols)
+        (test, *aligned), _ = _inputs.align({"lam_test": lam_test, **current._asdict()}, {})
+        risks.append(risk_of(test, Estimator(*aligned))[..., 0])
+        trained.append(current.moments())
+    return MultiStage(risks[-1], tuple(risks), tuple(trained))
+
+
+class Estimator(NamedTuple):
+    """A random estimator, in the form that keeps the digits of a small risk."""
+
+    mean: jax.Array
+    variance: jax.Array
+    error: jax.Array  # the truth less the mean
+
+    def moments(self) -> Moments:
+        """What is told of it."""
+        return Moments(*jnp.broadcast_arrays(self.mean, self.mean**2 + self.variance))
+
+
+def _both(moments: Any) -> tuple[Any, Any]:
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments must be a Moments, got {_checks.describe(moments)}.")
+    return moments.mean, moments.second
+
+
+def spread(mean: jax.Array, second: jax.Array) -> jax.Array:
+    """The variance; 0 where rounding made it negative, NaN where it is no rounding.
+
+    Raises:
+      ValueError: a known second moment is below the square of the mean.
+    """
+    variance = second - mean**2
+    impossible = variance < -1e-4 * mean**2
+    if not _checks.is_traced(impossible) and bool(jnp.any(impossible)):
+        raise ValueError("second must be at least mean**2 in every coordinate, got less.")
+    return jnp.where(impossible, jnp.nan, jnp.where(variance < 0, 0.0, variance))
 
 
 @functools.partial(jax.jit, static_argnames="exact_ols")
-def _train(
+def train(
     lam: jax.Array,
-    mean: jax.Array,
-    second: jax.Array,
+    given: Estimator,
     n: jax.Array,
     noise_var: jax.Array,
     ridge: jax.Array,
     mask: jax.Array | None = None,
     *,
     exact_ols: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> Estimator:
+    """What is trained on the labels of ``given``, for aligned arguments."""
+    mean, variance, error = given
     # Labels of infinite variance (a surrogate trained at n = rank with noise) teach nothing.
-    infinite = jnp.isinf(second)
-    second = jnp.where(infinite, 0.0, second)
+    infinite = jnp.isinf(variance)
+    variance = jnp.where(infinite, 0.0, variance)
     hopeless = jnp.any(infinite, axis=-1, keepdims=True)
+    second = mean**2 + variance
     if mask is not None:
         noise_var = noise_var + total(jnp.where(mask, 0.0, lam * second))
         lam = jnp.where(mask, lam, 0.0)
     s = resolve(lam, n, ridge, exact_ols=exact_ols)
     gamma2 = noise_var + total(lam * s.zeta**2 * second)  # before 1 / (1 - omega)
-    spread = amplified(gamma2 * s.density / n, s.inverse_gap)
-    trained = s.learned**2 * second + spread
-    return s.learned * mean, jnp.where(hopeless & (lam > 0), jnp.inf, trained)
+    added = amplified(gamma2 * s.density / n, s.inverse_gap)
+    variance = jnp.where(hopeless & (lam > 0), jnp.inf, s.learned**2 * variance + added)
+    # zeta truth + L error: the truth less L mean, without its cancellation.
+    return Estimator(s.learned * mean, variance, s.zeta * (mean + error) + s.learned * error)
 
 
 @jax.jit
-def _moments_risk(
-    lam_test: jax.Array, beta_star: jax.Array, mean: jax.Array, second: jax.Array
-) -> jax.Array:
-    # Squares of differences, not the difference of squares: a small risk keeps its digits.
-    error = (beta_star - mean) ** 2 + (second - mean**2)
-    unseen = jnp.isinf(error) & (lam_test == 0)
-    return total(lam_test * jnp.where(unseen, 0.0, error))
+def risk_of(lam_test: jax.Array, estimator: Estimator) -> jax.Array:
+    """Its expected excess risk, for aligned arguments."""
+    square = estimator.error**2 + estimator.variance
+    unseen = jnp.isinf(square) & (lam_test == 0)
+    return total(lam_test * jnp.where(unseen, 0.0, square))

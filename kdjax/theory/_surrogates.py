@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -43,8 +44,8 @@ def optimal_gain(lam: Any, n: Any, ridge: Any = 0.0, lam_test: Any = None) -> ja
       Ildiz et al., "High-dimensional Analysis of Knowledge Distillation", ICLR 2025 (the closed
       form of the optimal surrogate); covariate shift and ridge are our derivation.
     """
-    (lam, lam_test), (n, ridge) = _aligned(lam, lam_test, n, ridge)
-    return _gain(lam, lam_test, n, ridge)
+    (lam, test), (n, ridge) = _aligned(lam, lam_test, n, ridge)
+    return _gain(lam, test, n, ridge, lam_test is None)
 
 
 def optimal_surrogate(
@@ -72,8 +73,8 @@ def optimal_surrogate(
       >>> print(f"{theory.excess_risk(lam, beta, surrogate, n=200).total:.5f}")
       0.08325
     """
-    (lam, lam_test, beta_star), (n, ridge) = _aligned(lam, lam_test, n, ridge, beta_star)
-    return _gain(lam, lam_test, n, ridge) * beta_star
+    (lam, test, beta_star), (n, ridge) = _aligned(lam, lam_test, n, ridge, beta_star)
+    return _gain(lam, test, n, ridge, lam_test is None) * beta_star
 
 
 def optimal_surrogate_risk(
@@ -110,11 +111,11 @@ def optimal_surrogate_risk(
       >>> print(f"{theory.optimal_surrogate_risk(lam, beta, 200):.5f}")
       0.08325
     """
-    (lam, lam_test, beta_star), (n, noise_var, ridge) = _inputs.align(
+    (lam, test, beta_star), (n, noise_var, ridge) = _inputs.align(
         {"lam": lam, "lam_test": lam if lam_test is None else lam_test, "beta_star": beta_star},
         sizes(n, noise_var, ridge),
     )
-    return _optimal_risk(lam, lam_test, beta_star, n, noise_var, ridge)[..., 0]
+    return _optimal_risk(lam, test, beta_star, n, noise_var, ridge, lam_test is None)[..., 0]
 
 
 def optimal_mask(lam: Any, n: Any, ridge: Any = 0.0, *, lam_test: Any = None) -> jax.Array:
@@ -133,7 +134,9 @@ def optimal_mask(lam: Any, n: Any, ridge: Any = 0.0, *, lam_test: Any = None) ->
 
     Returns:
       bool [..., p]; False for eigenvalues of 0, and everywhere where a traced argument is invalid
-      (a boolean can't be NaN; `masked_risk` is).
+      (a boolean can't be NaN; `masked_risk` is). It carries no gradient, and once it keeps
+      everything the gain is flat: to find where it stops helping, follow `mask_threshold` down to
+      the smallest eigenvalue.
 
     Raises:
       ValueError: if a known value is out of its range, or shapes disagree.
@@ -240,23 +243,31 @@ def _aligned(
 
 
 def _weights(
-    s: Resolved, lam: jax.Array, lam_test: jax.Array, n: jax.Array
+    s: Resolved, lam: jax.Array, lam_test: jax.Array, n: jax.Array, same: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Curvature of the risk in each coordinate of the surrogate: of its bias, of its variance."""
-    return lam_test * s.gap, variance_factor(s, lam_test, n) * lam * s.zeta**2
+    """Curvature of the risk in each coordinate of the surrogate: of its bias, of its variance.
+
+    In units of the eigenvalue where both laws are the ``same``: then they are smooth at 0.
+    """
+    factor = variance_factor(s, lam_test, n)
+    if same:
+        return s.gap + 0 * s.learned, factor * s.zeta**2
+    return lam_test * s.gap, factor * lam * s.zeta**2
 
 
-@jax.jit
-def _gain(lam: jax.Array, lam_test: jax.Array, n: jax.Array, ridge: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=4)
+def _gain(
+    lam: jax.Array, lam_test: jax.Array, n: jax.Array, ridge: jax.Array, same: bool
+) -> jax.Array:
     s = resolve(lam, n, ridge)
-    bias, variance = _weights(s, lam, lam_test, n)
+    bias, variance = _weights(s, lam, lam_test, n, same)
     curvature = bias * s.learned**2 + variance
     flat = curvature == 0
-    gain = bias * s.learned / jnp.where(flat, 1.0, curvature)
-    return jnp.where(flat, jnp.where(s.tau == 0, 1.0, 0.0), gain)
+    gain = jnp.where(flat, 0.0, bias * s.learned / jnp.where(flat, 1.0, curvature))
+    return jnp.where((s.tau == 0) & (flat | (lam == 0)), 1.0, gain)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=6)
 def _optimal_risk(
     lam: jax.Array,
     lam_test: jax.Array,
@@ -264,9 +275,10 @@ def _optimal_risk(
     n: jax.Array,
     noise_var: jax.Array,
     ridge: jax.Array,
+    same: bool,
 ) -> jax.Array:
     s = resolve(lam, n, ridge)
-    bias, variance = _weights(s, lam, lam_test, n)
+    bias, variance = _weights(s, lam, lam_test, n, same)
     curvature = bias * s.learned**2 + variance
     flat = curvature == 0
     # Of an eigenvalue of 0 nothing is learned; with as many samples as eigenvalues everything is.
@@ -281,7 +293,7 @@ def _mask(lam: jax.Array, lam_test: jax.Array | None, n: jax.Array, ridge: jax.A
     if lam_test is None:
         kept = s.zeta**2 < s.gap
     else:
-        bias, variance = _weights(s, lam, lam_test, n)
+        bias, variance = _weights(s, lam, lam_test, n, False)
         kept = bias * (2 * s.learned - s.learned**2) > variance
     return (kept | (s.tau == 0)) & (lam > 0)
 

@@ -14,7 +14,7 @@ from kdjax import _checks
 from kdjax.theory import _inputs
 from kdjax.theory._risk import _excess_risk
 from kdjax.theory._risk import sizes as _sizes
-from kdjax.theory._stages import Moments, _moments_risk, _train
+from kdjax.theory._stages import Estimator, Moments, risk_of, spread, train
 
 ERROR = _inputs.Bounds(infinite=True)
 # Array elements that one chunk of mask sizes may hold.
@@ -83,7 +83,8 @@ def pgr(weak: Any, student: Any, ceiling: Any) -> jax.Array:
       ceiling: error of the strong student trained on true labels, [...].
 
     Returns:
-      The ratio, [...]; NaN where there is no gap (``weak == ceiling``).
+      The ratio, [...], negative where the student is worse than its teacher; NaN where the teacher
+      is at least as good as the ceiling, and there is no gap to recover.
 
     Raises:
       ValueError: if a known value is NaN, or shapes disagree.
@@ -316,12 +317,13 @@ def tuned_ridge(
         },
         _sizes(n, noise_var, 0.0),
     )
-    found = _tuned(lam, test, star, mean, second[0] if second else mean**2, n, noise_var)
+    variance = spread(mean, second[0]) if second else jnp.zeros_like(mean)
+    found = _tuned(lam, test, star, mean, variance, n, noise_var)
     return TunedRidge(*(x[..., 0] for x in found))
 
 
 def _part(done: jax.Array, gap: jax.Array) -> jax.Array:
-    nothing = gap == 0
+    nothing = gap <= 0
     return jnp.where(nothing, jnp.nan, done / jnp.where(nothing, 1.0, gap))
 
 
@@ -353,16 +355,16 @@ def _equal_budget(
     place = jnp.argsort(jnp.argsort(-lam, axis=-1), axis=-1)  # 0 for the largest eigenvalue
 
     def masked(size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, second = _train(
-            lam, beta_star, beta_star**2, m, noise_s, ridge_s, place < size, exact_ols=False
-        )
-        # The peak of the surrogate is the student's; sums over it would give inf * 0.
-        peak = jnp.any(jnp.isinf(second), axis=-1, keepdims=True)
-        second = jnp.where(peak, mean**2, second)
-        student = _train(lam, mean, second, n, noise_t, ridge_t, exact_ols=False)
+        known = Estimator(beta_star, jnp.zeros_like(beta_star), jnp.zeros_like(beta_star))
+        surrogate = train(lam, known, m, noise_s, ridge_s, place < size, exact_ols=False)
+        # The peak of the surrogate is the student's; slopes of infinity would be NaN.
+        peak = jnp.any(jnp.isinf(surrogate.variance), axis=-1, keepdims=True)
+        surrogate = surrogate._replace(variance=jnp.where(peak, 0.0, surrogate.variance))
+        student = train(lam, surrogate, n, noise_t, ridge_t, exact_ols=False)
         invalid = jnp.where((size >= 1) & (size <= p), 0.0, jnp.nan).astype(lam.dtype)
-        risks = (_moments_risk(lam, beta_star, *moments) for moments in (student, (mean, second)))
-        student_risk, surrogate_risk = (jnp.where(peak, jnp.inf, x)[..., 0] for x in risks)
+        both = (risk_of(lam, one) for one in (student, surrogate))
+        risks = (jnp.where(peak, jnp.inf, risk)[..., 0] for risk in both)
+        student_risk, surrogate_risk = jnp.broadcast_arrays(*risks)
         return student_risk + invalid, surrogate_risk + invalid
 
     risks, surrogates = (
@@ -398,12 +400,12 @@ def _ridge_risk(
     lam_test: jax.Array,
     beta_star: jax.Array,
     mean: jax.Array,
-    second: jax.Array,
+    variance: jax.Array,
     n: jax.Array,
     noise_var: jax.Array,
 ) -> jax.Array:
-    student = _train(lam, mean, second, n, noise_var, ridge, exact_ols=False)
-    return _moments_risk(lam_test, beta_star, *student)
+    labels = Estimator(mean, variance, beta_star - mean)
+    return risk_of(lam_test, train(lam, labels, n, noise_var, ridge, exact_ols=False))
 
 
 def _search(lam: jax.Array, *rest: jax.Array) -> jax.Array:

@@ -9,13 +9,13 @@ import pytest
 
 from kdjax import theory as T
 
-WAYS = ("standard", "direct", "optimal", "mask", "two_stage", "mixed")
+WAYS = ("standard", "direct", "together", "optimal", "mask", "two_stage", "mixed")
 LAM, BETA = T.power_law(120, 2.0, 1.5)
 
 
 @pytest.fixture(scope="module")
 def noisy():
-    return T.plan((LAM, BETA, 0.05), n=50, m=70)
+    return T.plan((LAM, BETA, 0.05), n=50, m=80)
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,13 @@ def clean():
 
 def test_given_answers_are_those_of_the_closed_forms(noisy):
     given = noisy.given
-    assert (noisy.n, noisy.m) == (50, 70)
+    assert (noisy.n, noisy.m) == (50, 80)
     np.testing.assert_allclose(noisy.noise_var, 0.05, rtol=1e-6)
     np.testing.assert_allclose(noisy.null_risk, jnp.sum(LAM * BETA**2), rtol=1e-6)
     wanted = {
         "standard": T.excess_risk(LAM, BETA, n=50, noise_var=0.05).total,
-        "direct": T.excess_risk(LAM, BETA, n=70, noise_var=0.05).total,
+        "direct": T.excess_risk(LAM, BETA, n=80, noise_var=0.05).total,
+        "together": T.excess_risk(LAM, BETA, n=130, noise_var=0.05).total,
         "optimal": T.optimal_surrogate_risk(LAM, BETA, 50),
         "mask": T.masked_risk(LAM, BETA, 50),
     }
@@ -44,8 +45,8 @@ def test_given_answers_are_those_of_the_closed_forms(noisy):
 
 def test_the_trained_surrogate_is_the_best_of_equal_budget(noisy):
     sizes = np.arange(1, 121)
-    sizes = sizes[np.abs(sizes - 70) > 1]
-    budget = T.equal_budget(LAM, BETA, m=70, n=50, noise_s=0.05, sizes=sizes)
+    sizes = sizes[np.abs(sizes - 80) > 1]
+    budget = T.equal_budget(LAM, BETA, m=80, n=50, noise_s=0.05, sizes=sizes)
     found = noisy.given.two_stage
     np.testing.assert_allclose(found.risk, budget.best, rtol=1e-3)  # not every size is tried
     index = int(np.argmax(sizes == found.size))
@@ -57,14 +58,20 @@ def test_the_trained_surrogate_is_the_best_of_equal_budget(noisy):
 def test_what_is_reported_can_be_had(noisy, column):
     answers = getattr(noisy, column)
     mixed = answers.mixed
-    # The surrogate's ridge isn't reported; with the given one it is 0.
-    if column == "given":
+    for answer in (mixed, answers.two_stage):
         moments = T.estimator_moments(
-            LAM, T.Moments(BETA, BETA**2), n=70, noise_var=0.05, mask=jnp.arange(120) < mixed.size
+            LAM, T.Moments(BETA, BETA**2), n=80, noise_var=0.05, ridge=answer.surrogate_ridge,
+            mask=jnp.arange(120) < answer.size,
+        )  # fmt: skip
+        risk = T.mixed_label_risk(
+            LAM, BETA, moments, answer.weight, n=50, noise_var=0.05, ridge=answer.ridge
         )
-        risk = T.mixed_label_risk(LAM, BETA, moments, mixed.weight, n=50, noise_var=0.05)
-        np.testing.assert_allclose(mixed.risk, risk, rtol=1e-4)
-    for name, n, noise_var in (("standard", 50, 0.05), ("direct", 70, 0.05)):
+        np.testing.assert_allclose(answer.risk, risk, rtol=1e-4)
+    for name in ("standard", "direct", "together", "optimal", "mask"):
+        assert np.isnan(getattr(answers, name).surrogate_ridge)
+    for name, n, noise_var in (
+        ("standard", 50, 0.05), ("direct", 80, 0.05), ("together", 130, 0.05)
+    ):  # fmt: skip
         answer = getattr(answers, name)
         risk = T.excess_risk(LAM, BETA, n=n, noise_var=noise_var, ridge=answer.ridge).total
         np.testing.assert_allclose(answer.risk, risk, rtol=1e-4)
@@ -86,12 +93,14 @@ def test_orders(problem, request):
         assert answers.mixed.risk <= min(answers.standard.risk, answers.two_stage.risk) * slack
     for name in WAYS:
         assert getattr(found.tuned, name).risk <= getattr(found.given, name).risk
+    # More of the same labels can't hurt with a ridge that suits them.
+    assert found.tuned.together.risk <= found.tuned.direct.risk <= found.tuned.standard.risk
 
 
 def test_tuned_is_the_best_ridge(noisy):
     best = T.tuned_ridge(LAM, BETA, n=50, noise_var=0.05)
     np.testing.assert_allclose(noisy.tuned.standard.risk, best.total, rtol=2e-3)
-    best = T.tuned_ridge(LAM, BETA, n=70, noise_var=0.05)
+    best = T.tuned_ridge(LAM, BETA, n=80, noise_var=0.05)
     np.testing.assert_allclose(noisy.tuned.direct.risk, best.total, rtol=2e-3)
 
 
@@ -113,13 +122,15 @@ def test_noise_at_the_peak_gives_infinite_risk_and_a_finite_plan():
     found = T.plan((jnp.ones(120), jnp.full(120, 0.1), 0.1), n=120, m=120)
     assert found.given.standard.risk == np.inf
     assert found.given.optimal.gain == 1.0
+    assert np.isnan(found.given.direct.gain)
+    assert found.given.together.gain == 1.0
     assert np.isfinite(found.tuned.standard.risk)
     assert np.isfinite(found.tuned.two_stage.risk)
 
 
 def test_order_and_units_of_the_spectrum_do_not_matter(noisy):
     order = np.random.default_rng(0).permutation(120)
-    found = T.plan((9 * LAM[order], BETA[order] / 3, 0.05), n=50, m=70)
+    found = T.plan((9 * LAM[order], BETA[order] / 3, 0.05), n=50, m=80)
     for name in WAYS:
         a, b = getattr(found.tuned, name), getattr(noisy.tuned, name)
         np.testing.assert_allclose(a.risk, b.risk, rtol=1e-3)

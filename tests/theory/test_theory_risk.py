@@ -207,6 +207,44 @@ def test_precision():
     np.testing.assert_allclose(jnp.stack(single), jnp.stack(double), rtol=2e-5)
 
 
+@pytest.mark.parametrize(("alpha", "b", "n"), [(1.5, 5.5, 1600), (2.0, 6.0, 1000)])
+def test_small_risks_keep_their_digits(alpha, b, n):
+    """Risks of 1e-9 of the energy, of which a difference of large numbers leaves nothing."""
+
+    def all_of_them():
+        lam, beta = theory.power_law(20_000, alpha, b)
+        return jnp.stack(
+            [
+                theory.excess_risk(lam, beta, n=n).total,
+                theory.optimal_surrogate_risk(lam, beta, n),
+                theory.masked_risk(lam, beta, n),
+                theory.mixed_label_risk(lam, beta, beta, 0.3, n=n),
+                theory.multi_stage_risk([theory.Stage(lam, n)], beta).total,
+                theory.two_stage_risk(lam, lam, beta, m=3 * n, n=n).total,
+                theory.tuned_ridge(lam, beta, n=n).total,
+                theory.equal_budget(lam, beta, m=3 * n, n=n, sizes=[n]).two_stage,
+            ]
+        )
+
+    double = all_of_them()
+    with jax.enable_x64(False):
+        single = all_of_them()
+    assert double[0] < 1e-7
+    np.testing.assert_allclose(single, double, rtol=5e-5)
+
+
+def test_fields_have_one_shape():
+    terms = theory.excess_risk(LAM, TRUTH, n=3, noise_var=np.arange(4.0))
+    assert {x.shape for x in terms} == {(4,)}
+    two = theory.two_stage_risk(LAM, LAM, TRUTH, m=9, n=7, noise_t=np.arange(4.0))
+    assert two.student.mean.shape == two.student.second.shape == (4, P)
+    lam, beta = theory.power_law(5, 2.0, np.array([2.0, 3.0]))
+    assert lam.shape == beta.shape == (2, 5) or jnp.broadcast_shapes(lam.shape, beta.shape) == (
+        2,
+        5,
+    )
+
+
 def test_one_compilation_for_a_sweep():
     traces = []
 

@@ -210,6 +210,68 @@ def test_rank_tolerance():
     assert theory.effective_reg(lam, 40) > 0
 
 
+@pytest.mark.parametrize(
+    ("lam", "n", "ridge", "wanted"),
+    [
+        ([1.0, 1e-36], 1, 0.0, 1e-18),
+        (np.ones(100), 100, 1e-30, 1e-16),
+        (np.concatenate([np.ones(20), np.full(30, 1e-30)]), 20, 0.0, None),
+        ([1.0, 1e-100, 1e-200], 1, 0.0, 1e-50),
+        ([1e200, 1e100, 1e-100], 1, 1e-250, 1e150),
+    ],
+)
+def test_far_starts(lam, n, ridge, wanted):
+    """Where Newton's doubling would take more than its steps."""
+    with jax.enable_x64(True):
+        tau = theory.effective_reg(lam, n, ridge)
+        assert jnp.isfinite(tau)
+        if wanted is not None:
+            np.testing.assert_allclose(tau, wanted, rtol=1e-6)
+
+
+def test_slopes_in_zero_eigenvalues():
+    """One-sided: what an eigenvalue does that rises from 0, which tau feels at once."""
+    with jax.enable_x64(True):
+        lam, beta = jnp.array([1.0, 0.4, 0.2, 0.1, 0.0, 0.0]), jnp.ones(6)
+        test = jnp.linspace(0.5, 1.5, 6)
+        first = theory.Moments(beta, beta**2)
+        cases = {
+            "tau": lambda lam: theory.effective_reg(lam, 3.0),
+            "tau, ridge": lambda lam: theory.effective_reg(lam, 8.0, 0.5),
+            "zeta": lambda lam: theory.spectral_stats(lam, 3.0).zeta[4],
+            "gap": lambda lam: theory.spectral_stats(lam, 8.0, 0.5).one_minus_omega,
+            "risk": lambda lam: theory.excess_risk(lam, beta, n=3.0, noise_var=0.1).total,
+            "shifted": lambda lam: (
+                theory.excess_risk(lam, beta, n=8.0, noise_var=0.1, ridge=0.5, lam_test=test).total
+            ),
+            "gain": lambda lam: theory.optimal_gain(lam, 3.0)[4],
+            "train": lambda lam: theory.train_mse(lam, beta, n=8.0, noise_var=0.1, ridge=0.5),
+            "two": lambda lam: theory.two_stage_risk(lam, test, beta, m=3.0, n=2.0).total,
+            "rf": lambda lam: theory.rf_excess_risk(
+                beta, theory.rf_moments(lam, first, n=3.0, k=3.5, noise_var=0.1, ridge=0.2)
+            ),
+        }
+        h = 1e-7
+        for name, of in cases.items():
+            slope = jax.grad(of)(lam)[4]
+            rises = [of(lam.at[4].set(k * h)) for k in range(3)]
+            wanted = (-3 * rises[0] + 4 * rises[1] - rises[2]) / (2 * h)
+            np.testing.assert_allclose(slope, wanted, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_integers_do_not_wrap():
+    wanted = theory.effective_reg([5e9, 1.0], 1)
+    for lam in ([5_000_000_000, 1], np.array([5_000_000_000, 1])):
+        np.testing.assert_allclose(theory.effective_reg(lam, 1), wanted)
+    few, many = (
+        theory.excess_risk(np.ones(5), np.ones(5), n=np.array([n]), noise_var=1.0).total
+        for n in (3, 2**32 + 3)
+    )
+    assert many < 1e-6 * few
+    with pytest.raises(ValueError, match="n must be a finite number"):
+        theory.effective_reg([1.0], 10**400)
+
+
 def test_too_few_steps_are_not_an_answer():
     assert jnp.isnan(theory.effective_reg(SPECTRA["power"], 5, max_steps=1))
 

@@ -97,6 +97,22 @@ def test_masks_as_a_batch():
     np.testing.assert_allclose(mapped.total, whole.total, rtol=1e-10)
 
 
+def test_labels_of_infinite_variance():
+    """A surrogate at its peak: no weight on its labels is the only answer, known or traced."""
+    peak = theory.estimator_moments(LAM, fixed(TRUTH), n=P, noise_var=0.1)
+    strong = theory.excess_risk(LAM, TRUTH, n=7, noise_var=0.1).total
+
+    def answers(peak):
+        mixed = theory.mixed_label_risk(LAM, TRUTH, peak, jnp.array([0.0, 0.5]), n=7, noise_var=0.1)
+        return mixed, theory.optimal_mix(LAM, TRUTH, peak, n=7, noise_var=0.1)
+
+    for mixed, best in (answers(peak), jax.jit(answers)(peak)):
+        np.testing.assert_allclose(mixed[0], strong)
+        assert mixed[1] == jnp.inf
+        assert best == 0
+    assert theory.tuned_ridge(LAM, TRUTH, peak, n=7).total == jnp.inf
+
+
 def test_longer_chains():
     stages = [theory.Stage(LAM, 12.0, 0.1), theory.Stage(LAM_S, 9.0, 0.0, 0.2),
               theory.Stage(LAM, 7.0)]  # fmt: skip
@@ -159,6 +175,18 @@ def test_edge_of_interpolation():
             lambda: theory.two_stage_risk(LAM_S, LAM, TRUTH, m=3, n=3, mask=TRUTH),
             TypeError,
             "mask must be a boolean",
+        ),
+        (lambda: theory.multi_stage_risk(None, TRUTH), TypeError, "stages must be a list of Stage"),
+        (lambda: theory.estimator_moments(LAM, None, n=3), TypeError, "moments must be a Moments"),
+        (
+            lambda: theory.moments_excess_risk(LAM, TRUTH, theory.Moments(TRUTH, 0 * TRUTH)),
+            ValueError,
+            "second must be at least mean",
+        ),
+        (
+            lambda: theory.tuned_ridge(LAM, TRUTH, theory.Moments(TRUTH, -TRUTH), n=3),
+            ValueError,
+            "second must be a number at least 0",
         ),
         (
             lambda: theory.estimator_moments(LAM, fixed(TRUTH[:2]), n=3),
