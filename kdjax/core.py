@@ -73,7 +73,8 @@ def distill(
       ``loss/<name>`` for each term and, when the batch has labels, ``accuracy`` of the student in
       training mode over the labelled rows (NaN when there are none). A batch entry ``weight``
       ``[B]``, non-negative, weights the examples of every per-example term; 0 marks padding, whose
-      entries may even be NaN. Batch-coupled terms and batch statistics see it all the same.
+      entries may even be NaN. Batch statistics see it all the same, and so do batch-coupled terms
+      that don't say otherwise.
 
     Raises:
       TypeError: a term is not a ``(weight, Term)`` pair.

@@ -410,3 +410,10 @@ def test_other_bad_input():
     for error, name, call in cases:
         with pytest.raises(error, match=f"^{name}"):
             call()
+
+
+def test_cka_of_a_constant():
+    """NaN also for one that isn't 0, of which the rounding of the mean leaves something."""
+    x, y = jnp.full((10, 3), 0.1), jax.random.normal(jax.random.key(0), (10, 5))
+    for debiased in (False, True):
+        assert jnp.isnan(metrics.linear_cka(x, y, debiased=debiased))

@@ -463,7 +463,13 @@ def test_losses_per_example_can_be_split():
     [
         ({"norm": "layer"}, ValueError, "^norm must be one of batch, group, l2, none; got 'layer'"),
         ({"loss": "kl"}, ValueError, "^loss must be one of correlation, correlation_log_sum, log"),
-        ({"projector": "mlp"}, ValueError, "^projector must be one of linear, none; got 'mlp'"),
+        ({"projector": "mlp"}, ValueError, '^projector must be "linear" .* got str .mlp'),
+        ({"projector": "none"}, ValueError, '^projector must be "linear"'),
+        ({"projector": len}, TypeError, "a Model such as kdjax.from_linen"),
+        ({"hidden": "wide"}, TypeError, "^hidden must be an integer"),
+        ({"groups": -5}, ValueError, "^groups must be an integer at least 1"),
+        ({"kernel_init": "zeros"}, TypeError, "^kernel_init must be a function"),
+        ({"projector": None, "bias": False}, ValueError, "^bias and kernel_init must be left out"),
         ({"projector": None, "hidden": (3,)}, ValueError, "^hidden must be empty without"),
         ({"hidden": (0,)}, ValueError, "^hidden must be an integer at least 1"),
         ({"alpha": 0.0}, ValueError, "^alpha must be a finite number above 0"),
@@ -492,7 +498,7 @@ S, T = np.ones((4, 3), np.float32), np.ones((4, 5), np.float32)
         ({}, S.astype(int), T, TypeError, "must be a floating-point array"),
         (
             {"projector": kd.from_fn(lambda key, x: {}, lambda params, x: x)},
-            S, T, ValueError, "^student_tap must .* of the projector",
+            S, T, ValueError, r"^projector must return \(.*\) like the teacher",
         ),
     ],
 )  # fmt: skip

@@ -117,7 +117,7 @@ def cifar100(
     student_tap: str = "feat",
     teacher_tap: str = "feat",
     feature_weight: Number = 2.0,
-    hidden: Sequence[int] = (1024,),
+    hidden: int | Sequence[int] = (1024,),
     alpha: Number = 4.0,
     augment: Augment | None = None,
     more_terms: Terms | None = None,
@@ -135,7 +135,7 @@ def cifar100(
       student_tap: the student's output with the features.
       teacher_tap: the teacher's.
       feature_weight: weight of the LogSum (our assumption).
-      hidden: widths of the projector's hidden ReLU layers.
+      hidden: widths of the projector's hidden ReLU layers; none with another ``projector=``.
       alpha: exponent of the LogSum.
       augment: as in `kdjax.distill`.
       more_terms: further ``{name: (weight, Term)}``, such as DKD, with which it was combined.
@@ -163,6 +163,8 @@ def cifar100(
     Reference:
       Miles, Mikolajczyk, AAAI 2024, the CIFAR-100 experiments.
     """
+    if options.get("projector", "linear") != "linear":
+        hidden = ()
     feature = terms.projector(student_tap, teacher_tap, alpha=alpha, hidden=hidden, **options)
     chosen = {"hard": (1.0, terms.hard_labels()), "feature": (feature_weight, feature)}
     return _joined(student, teacher, chosen, more_terms, augment)

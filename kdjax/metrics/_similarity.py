@@ -55,7 +55,7 @@ def linear_cka(
 
 @partial(jax.jit, static_argnums=3)
 def _linear_cka(x: jax.Array, y: jax.Array, mask: jax.Array | None, debiased: bool) -> jax.Array:
-    x, y = _unit(_centred(x, mask)), _unit(_centred(y, mask))
+    x, y = _unit(x, mask), _unit(y, mask)
     count = jnp.asarray(x.shape[0], x.dtype) if mask is None else jnp.sum(mask).astype(x.dtype)
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -177,9 +177,13 @@ def _centred(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(mask[:, None], x - jnp.sum(x, axis=0, keepdims=True) / count, 0)
 
 
-def _unit(x: jax.Array) -> jax.Array:
-    """Scaled so that no fourth power of it overflows or underflows; NaN where all is 0."""
-    return x / jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
+def _unit(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Centred and scaled so that no fourth power overflows or underflows; NaN if x is constant."""
+    centred = _centred(x, mask)
+    spread = jax.lax.stop_gradient(jnp.max(jnp.abs(centred)))
+    # What the rounding of the mean leaves of a constant is no variation.
+    constant = spread <= 32 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x))
+    return centred / jnp.where(constant, jnp.nan, spread)
 
 
 def _unit_channels(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -235,6 +235,14 @@ def test_deit_student_runs():
     assert later["loss/feature"] < metrics["loss/feature"]
 
 
+def test_cifar100_with_another_projector():
+    """Which has no hidden layers of ours."""
+    for projector_of in ({"projector": None}, {"hidden": 12}, {"hidden": ()}):
+        assert isinstance(
+            projector.cifar100(free("feat", "logits"), TEACHER, **projector_of), kd.Method
+        )
+
+
 def test_first_imagenet_code():
     """Correlations with weight 2 and no KL: what ran before the publication."""
     batch = classified()

@@ -302,3 +302,32 @@ def test_bad_input(call, error, words):
 
 def curve(**changes):
     return T.learning_curve(X, Y, **{"ns": [5], "key": jax.random.key(0), **changes})
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "words"),
+    [
+        (None, np.arange(40) * 10**5, "pass floats for regression"),
+        (1e160, None, "features must have a scale"),
+        (1e-30, None, "features must have a scale"),
+    ],
+)
+def test_unusual_data_is_refused(features, labels, words):
+    x = np.random.default_rng(0).standard_normal((40, 5))
+    y = x.sum(1) if labels is None else labels
+    with pytest.raises(ValueError, match=words):
+        T.estimate(x if features is None else x * features, y)
+
+
+def test_narrow_integer_labels_do_not_overflow():
+    x = np.random.default_rng(0).standard_normal((300, 5))
+    y = np.arange(300) % 256
+    wide, narrow = T.estimate(x, y), T.estimate(x, y.astype(np.uint8))
+    np.testing.assert_array_equal(wide.beta, narrow.beta)
+    assert wide.weights.shape == (5, 256)
+
+
+def test_large_singular_covariance():
+    """An eigensolver's rounding grows with the size."""
+    found = T.diagonalize(np.ones((400, 400), np.float32), np.ones(400), rank_tol=1e-4)
+    assert (found.lam > 0).sum() == 1
