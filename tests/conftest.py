@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
+import pytest
 
 # Eight fake devices let one machine check data parallelism; a cache on disk lets parallel test
 # workers and repeated runs share compiled programs.
@@ -26,3 +27,10 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every compiled program holds memory maps, and a process may have no more than 65,530."""
+    yield
+    jax.clear_caches()

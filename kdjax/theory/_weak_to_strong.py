@@ -300,8 +300,8 @@ def tuned_ridge(
       >>> import jax.numpy as jnp
       >>> from kdjax import theory
       >>> best = theory.tuned_ridge(jnp.ones(100), jnp.full(100, 0.1), n=50, noise_var=0.25)
-      >>> print(f"{best.ridge:.1f}")  # isotropic: noise_var p / |beta|^2
-      25.0
+      >>> print(f"{best.ridge:.0f}")  # isotropic: noise_var p / |beta|^2
+      25
     """
     if not isinstance(labels, Moments):
         mean = beta_star if labels is None else labels

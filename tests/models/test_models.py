@@ -126,7 +126,14 @@ def test_distillation_token():
     assert jax.tree.structure(moved) == jax.tree.structure(extra)
 
 
-@pytest.mark.parametrize("name", models.BY_NAME)
+# Deep or wide ones take seconds to trace.
+LARGE = {"resnet56", "resnet110", "resnet50", "wrn_40_2", "shufflev1", "shufflev2", "mobilenetv2"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow) if x in LARGE else x for x in models.BY_NAME],
+)
 def test_every_model_keeps_the_promises(name):
     module = models.BY_NAME[name](10)
     model = kd.from_linen(

@@ -34,6 +34,7 @@ def ran(module, capsys, tmp_path, *options):
     return capsys.readouterr().out, numbers
 
 
+@pytest.mark.slow
 def test_figure1_agrees_with_the_reference(script, capsys, tmp_path):
     out, numbers = ran(script("theory_figure1"), capsys, tmp_path)
     assert "\nMET: all printed digits" in out
@@ -82,6 +83,7 @@ def test_figure1_has_the_whole_grid(script):
             assert ours == known.split()[:5]
 
 
+@pytest.mark.slow
 def test_scaling_runs_and_judges(script, capsys, tmp_path):
     scaling = script("theory_scaling")
     out, numbers = ran(scaling, capsys, tmp_path)
@@ -153,6 +155,7 @@ def test_solver_runs(script, capsys, tmp_path):
         assert worst < (3e-7 if error["dtype"] == "float32" else 1e-13)
 
 
+@pytest.mark.slow
 def test_solver_alternatives_find_the_same_root(script):
     solver = script("theory_solver")
     with jax.enable_x64(True):

@@ -141,9 +141,14 @@ RISKS = {
         lam, beta, n=n, noise_var=noise, ridge=ridge
     ),
 }
+# Where every one of them would take long, those that share the least code.
+FEW_RISKS = [
+    name if name in ("excess", "optimal") else pytest.param(name, marks=pytest.mark.slow)
+    for name in RISKS
+]
 
 
-@pytest.mark.parametrize("name", RISKS)
+@pytest.mark.parametrize("name", FEW_RISKS)
 @pytest.mark.parametrize(("n", "noise", "ridge"), SETTINGS)
 def test_slopes(name, n, noise, ridge):
     """In n, the noise, the ridge, each eigenvalue and the truth, against central differences."""
@@ -158,7 +163,7 @@ def test_slopes(name, n, noise, ridge):
     test_util.check_grads(of_logs, point, 1, modes=["rev", "fwd"], rtol=1e-5, atol=1e-7, eps=1e-6)
 
 
-@pytest.mark.parametrize("name", RISKS)
+@pytest.mark.parametrize("name", FEW_RISKS)
 def test_slope_in_the_exponent(name):
     def of_alpha(alpha):
         lam, beta = theory.power_law(P, alpha, 1.5)
@@ -207,7 +212,9 @@ def test_precision():
     np.testing.assert_allclose(jnp.stack(single), jnp.stack(double), rtol=2e-5)
 
 
-@pytest.mark.parametrize(("alpha", "b", "n"), [(1.5, 5.5, 1600), (2.0, 6.0, 1000)])
+@pytest.mark.parametrize(
+    ("alpha", "b", "n"), [(1.5, 5.5, 1600), pytest.param(2.0, 6.0, 1000, marks=pytest.mark.slow)]
+)
 def test_small_risks_keep_their_digits(alpha, b, n):
     """Risks of 1e-9 of the energy, of which a difference of large numbers leaves nothing."""
 

@@ -189,6 +189,7 @@ def test_same_key_same_bits_and_other_key_other_bits():
 
 
 @pytest.mark.parametrize("chunk", [3, 50])
+@pytest.mark.slow
 def test_chunks_do_not_change_results(chunk):
     options = {"n": 10, "trials": 7}
     one = _simulate.simulate_one_stage(jax.random.key(0), SMALL, SMALL_BETA, chunk=chunk, **options)

@@ -131,7 +131,9 @@ def test_float32_keeps_its_digits_in_large_problems():
         np.testing.assert_allclose(single.one_minus_omega[k], gap, rtol=3e-7)
 
 
-@pytest.mark.parametrize("name", ["power", "spiked", "zeros"])
+@pytest.mark.parametrize(
+    "name", ["zeros", *(pytest.param(x, marks=pytest.mark.slow) for x in ("power", "spiked"))]
+)
 @pytest.mark.parametrize(("n", "ridge"), [(20.3, 0.0), (20.3, 0.4), (90.0, 0.4)])
 def test_slopes(name, n, ridge):
     with jax.enable_x64(True):

@@ -121,6 +121,7 @@ def test_a_ridge_student_beats_its_noisy_teacher():
     assert not gain.beats_strong_labels
 
 
+@pytest.mark.slow
 def test_equal_budget_agrees_with_two_stage_risk():
     rng = np.random.default_rng(4)
     lam = np.append(np.exp(rng.normal(size=40)), np.zeros(3))
@@ -143,6 +144,7 @@ def test_equal_budget_agrees_with_two_stage_risk():
     np.testing.assert_allclose(found.standard_n, strong, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_many_strong_labels_give_the_optimal_mask():
     lam, beta = figure1()
     found = T.equal_budget(lam, beta, m=1e9, n=200, noise_s=0.05, sizes=np.arange(190, 216))
@@ -151,6 +153,7 @@ def test_many_strong_labels_give_the_optimal_mask():
     np.testing.assert_allclose(found.two_stage, T.excess_risk(lam, beta, n=200).total, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_answer(monkeypatch):
     lam, beta = T.power_law(60, 2.0, 1.5)
     module = __import__("kdjax.theory._weak_to_strong", fromlist=["CHUNK"])
@@ -180,6 +183,7 @@ def test_peak_of_the_surrogate(n):
     assert all(np.all(np.isfinite(g)) for g in best_gradient(lam, 0.1, n))
 
 
+@pytest.mark.slow
 def test_budget_derivatives_vmap_and_low_precision():
     lam, beta = T.power_law(60, 2.0, 1.5)
     sizes = np.array([10, 15, 60])
@@ -250,6 +254,7 @@ def test_tuned_ridge_is_the_minimum():
     np.testing.assert_allclose(isotropic.ridge, 0.3 * 100 / 25, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_tuned_ridge_derivatives():
     lam, beta = T.power_law(100, 1.5, 1.4)
 
