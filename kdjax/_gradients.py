@@ -12,13 +12,18 @@ from kdjax._pairs import Batch, Method, Part, State, Tree, ratio
 
 
 class Gradient(NamedTuple):
-    """What one update needs to know: all global, except ``extra`` under a named axis."""
+    """What one update needs to know: all global, except ``extra`` under a named axis.
+
+    ``params`` are those that the optimizer is shown (for weight decay), where they are not the
+    State's.
+    """
 
     grads: Tree
     loss: jax.Array
     extra: Tree
     metrics: dict[str, jax.Array]
     batch: Batch
+    params: Tree | None = None
 
 
 def reduce(
@@ -46,8 +51,22 @@ def whole(
     keywords = {"step": state.step, "axis_name": axis_name}
     prepare_key, loss_key = jax.random.split(key)
     batch = _prepare(method, state.params, state.extra, batch, frozen, prepare_key, keywords)
+    return at(method, state.params, state.extra, batch, frozen, loss_key, keywords)
+
+
+def at(
+    method: Method,
+    params: Tree,
+    extra: Tree,
+    batch: Batch,
+    frozen: Tree,
+    key: jax.Array,
+    keywords: dict[str, Any],
+) -> Gradient:
+    """The gradient of the loss of a prepared batch at any parameters."""
+    axis_name = keywords["axis_name"]
     (loss, (extra, metrics)), grads = jax.value_and_grad(method.loss, has_aux=True)(
-        state.params, state.extra, batch, frozen, key=loss_key, **keywords
+        params, extra, batch, frozen, key=key, **keywords
     )
     if axis_name is not None and not _mesh_axis.tracks(axis_name):
         # Here psum transposes to psum, and each device holds N times its own share.

@@ -243,22 +243,39 @@ def minimize(
 
     Example: see `distill`.
     """
-    if not isinstance(method, Method):
-        raise TypeError(
-            "method must be a kdjax.Method such as kdjax.distill makes, "
-            f"got {_checks.describe(method)}."
-        )
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            "optimizer must be an optax transformation such as optax.adamw(1e-3), "
-            f"got {_checks.describe(optimizer)}."
-        )
+    _check_pair(method, optimizer)
     _checks.count("microbatches", microbatches)
     if microbatches > 1 and method.parts is None:
         raise ValueError(
             "microbatches must be 1 for a Method whose loss comes already reduced (build it with "
             f"kdjax.from_parts to split it exactly), got {microbatches}."
         )
+
+    def gradient(state: State, batch: Batch, frozen: Tree, key: jax.Array) -> _gradients.Gradient:
+        given = (method, state, batch, frozen, key, axis_name)
+        if microbatches == 1:
+            return _gradients.whole(*given)
+        unrolled = jax.default_backend() == "cpu" if unroll is None else unroll
+        return _gradients.sliced(*given, slices=microbatches, unroll=unrolled)
+
+    return learner(method, optimizer, gradient, axis_name)
+
+
+def learner(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    gradient: Callable[[State, Batch, Tree, jax.Array], _gradients.Gradient],
+    axis_name: str | None,
+) -> Learner:
+    """A Learner around any way of computing a Method's gradient, as `minimize` documents it.
+
+    Args:
+      method: what is minimised.
+      optimizer: an optax transformation.
+      gradient: ``(state, batch, frozen, key) -> Gradient``.
+      axis_name: as in `minimize`.
+    """
+    _check_pair(method, optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(key: jax.Array, batch: Batch, frozen: Tree = None) -> State:
@@ -275,14 +292,10 @@ def minimize(
         state: State, batch: Batch, frozen: Tree = None
     ) -> tuple[State, dict[str, jax.Array]]:
         gradient_key, after_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        given = (method, state, batch, frozen, gradient_key, axis_name)
-        if microbatches == 1:
-            found = _gradients.whole(*given)
-        else:
-            unrolled = jax.default_backend() == "cpu" if unroll is None else unroll
-            found = _gradients.sliced(*given, slices=microbatches, unroll=unrolled)
+        found = gradient(state, batch, frozen, gradient_key)
+        shown = state.params if found.params is None else found.params
         moves, opt = optimizer.update(
-            found.grads, state.opt, state.params, value=found.loss, grad=found.grads
+            found.grads, state.opt, shown, value=found.loss, grad=found.grads
         )
         params, extra, metrics = (
             optax.apply_updates(state.params, moves),
@@ -304,6 +317,19 @@ def minimize(
         return State(state.step + 1, state.key, params, extra, opt), metrics
 
     return Learner(init, update)
+
+
+def _check_pair(method: Any, optimizer: Any) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(
+            "method must be a kdjax.Method such as kdjax.distill makes, "
+            f"got {_checks.describe(method)}."
+        )
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            "optimizer must be an optax transformation such as optax.adamw(1e-3), "
+            f"got {_checks.describe(optimizer)}."
+        )
 
 
 def _check_model(name: str, model: Any) -> None:
