@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from kdjax import _checks
 
-__all__ = ["TopK", "from_top_k", "mix", "smooth", "soften", "top_k"]
+__all__ = ["TopK", "from_top_k", "mix", "rectify", "smooth", "soften", "top_k"]
 
 
 class TopK(NamedTuple):
@@ -150,6 +150,64 @@ def mix(probs_a: ArrayLike, probs_b: ArrayLike, *, weight: ArrayLike) -> jax.Arr
         _checks.shape("weight", share, a.shape[:-1], "(one per example) or be a scalar")
         share = share[..., None]
     return jax.lax.stop_gradient(share * a + (1 - share) * b)
+
+
+def rectify(
+    teacher_logits: ArrayLike, labels: ArrayLike, *, temperature: ArrayLike, mix: ArrayLike
+) -> jax.Array:
+    """ADR's rectified labels: the teacher's, mixed in as far as they leave the given label on top.
+
+        p = softmax(z / temperature),   d = max_k p_k - p_y
+        r = lam * p + (1 - lam) * onehot(y),   lam = clip(mix - d, 0, 1)
+
+    The given label always keeps the largest probability: a teacher that prefers another class is
+    trusted less by as much, and from d = mix on not at all. A wrong label is so not repaired.
+
+    Args:
+        teacher_logits: [B, C] floating point.
+        labels: [B] integer class indices; -1 (unlabelled) gives a row of zeros, whose
+            cross-entropy is 0. Probabilities (of mixup) are refused: rectifying them is undefined.
+        temperature: a finite scalar above 0; annealed downwards over training.
+        mix: the most that the teacher may count (the paper's lambda), a scalar from 0 to 1;
+            annealed upwards. 0 gives one-hot labels, bit for bit.
+
+    Returns:
+        [B, C] in at least float32, rows that sum to 1.
+
+    Raises:
+        TypeError: ``teacher_logits`` are not floating point or ``labels`` not integers.
+        ValueError: shapes do not fit, a number out of its range, or a label outside -1 .. C-1
+            (inside jit, where labels have no values yet, such a row is NaN).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from kdjax import labels
+        >>> z = jnp.log(jnp.array([[0.75, 0.25], [0.25, 0.75]]))
+        >>> labels.rectify(z, jnp.array([0, 0]), temperature=1.0, mix=0.75).round(4)
+        Array([[0.8125, 0.1875],
+               [0.8125, 0.1875]], dtype=float32)
+
+    Reference:
+        Y.-Y. Wu, H.-J. Wang, S.-T. Chen, "Annealing Self-Distillation Rectification Improves
+        Adversarial Training", ICLR 2024 (equations 3 to 5 by its published code).
+    """
+    z = _checks.floating("teacher_logits", teacher_logits, ndim=2)
+    if jnp.issubdtype(getattr(labels, "dtype", jnp.int32), jnp.floating):
+        raise TypeError(
+            f"labels must be integer class indices, got {_checks.describe(labels)}: mixed labels "
+            "(mixup, CutMix) can't be rectified."
+        )
+    labels = _checks.integer("labels", labels)
+    _checks.shape("labels", labels, z.shape[:-1], "(one per row of teacher_logits)")
+    scale = _scalar("temperature", temperature, z, above=0)
+    most = jnp.asarray(_checks.number("mix", mix, low=0, high=1), z.dtype)
+    hot = smooth(labels, z.shape[-1], smoothing=jnp.zeros((), z.dtype))
+    p = jax.nn.softmax(z / scale)
+    # The probability of the label by a gather: no argmax, so that ties need no care.
+    at_label = jnp.take_along_axis(p, labels.astype(jnp.int32)[:, None], axis=-1, mode="clip")
+    share = jnp.clip(most - (jnp.max(p, axis=-1, keepdims=True) - at_label), 0, 1)
+    rows = jnp.where(labels[:, None] == -1, 0, share * p + (1 - share) * hot)
+    return jax.lax.stop_gradient(rows)
 
 
 def top_k(logits: ArrayLike, k: int, *, temperature: ArrayLike = 1.0) -> TopK:

@@ -62,6 +62,10 @@ def logits_and_labels(rng):
     return (*logits(rng), rng.integers(0, 5, (4, 3)).astype(np.int32))
 
 
+def one_side_and_labels(rng):
+    return logits(rng)[0], rng.integers(0, 5, (4, 3)).astype(np.int32)
+
+
 TEMPERATURE = {"temperature": (2.0, 3.5)}
 CASES = {
     "center": Case(one_feature, (8, 6), teacher=(), mask=(8,), across=True),
@@ -104,11 +108,20 @@ CASES = {
         logits, (4, 3), {**TEMPERATURE, "beta": (0.3, 0.9)}, mask=(4, 3)
     ),
     "hard_label_cross_entropy": Case(
-        lambda rng: (logits(rng)[0], rng.integers(0, 5, (4, 3)).astype(np.int32)),
+        one_side_and_labels,
         (4, 3),
         {"smoothing": (0.1, 0.4)},
         mask=(4, 3),
     ),
+    "dlr": Case(one_side_and_labels, (4, 3), teacher=(), mask=(4, 3)),
+    "margin": Case(one_side_and_labels, (4, 3), teacher=(), mask=(4, 3)),
+    "targeted_dlr": Case(
+        lambda rng: (*one_side_and_labels(rng), rng.integers(0, 5, (4, 3)).astype(np.int32)),
+        (4, 3),
+        teacher=(),
+        mask=(4, 3),
+    ),
+    "trades_kl": Case(logits, (4, 3), TEMPERATURE, teacher=(), mask=(4, 3)),
     "logit_mse": Case(logits, (4, 3), mask=(4, 3)),
     "nkd": Case(logits_and_labels, (4, 3), {**TEMPERATURE, "gamma": (0.5, 3.0)}, mask=(4, 3)),
     "reverse_kl": Case(logits, (4, 3), TEMPERATURE, mask=(4, 3)),

@@ -5,6 +5,7 @@ options; computes in at least float32; leaves out examples by ``where=``; and re
 the class axis, unless its docstring calls it batch-coupled.
 """
 
+from kdjax.losses._adversarial import dlr, margin, targeted_dlr, trades_kl
 from kdjax.losses._decoupled import dkd, nkd
 from kdjax.losses._dist import dist
 from kdjax.losses._features import (
@@ -35,6 +36,7 @@ __all__ = [
     "correlation_log_sum",
     "dist",
     "dkd",
+    "dlr",
     "feature_mse",
     "generalized_jensen_shannon",
     "group_standardize",
@@ -43,6 +45,7 @@ __all__ = [
     "log_sum",
     "log_sum_shares",
     "logit_mse",
+    "margin",
     "nkd",
     "pool",
     "reverse_kl",
@@ -50,4 +53,6 @@ __all__ = [
     "soft_label_kl",
     "standardize",
     "standardize_logits",
+    "targeted_dlr",
+    "trades_kl",
 ]
