@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdjax import (
         adapters,
+        attacks,
         augment,
         core,
         data,
@@ -66,6 +67,7 @@ _HOMES = {
 }
 _ROOMS = (
     "adapters",
+    "attacks",
     "augment",
     "core",
     "data",
@@ -89,6 +91,7 @@ __all__ = [
     "State",
     "Term",
     "adapters",
+    "attacks",
     "augment",
     "core",
     "data",

@@ -1,5 +1,5 @@
 """Published methods: one module per paper, whose factories return a `Method` with its defaults."""
 
-from kdjax.methods import projector_distillation
+from kdjax.methods import adr, adversarial, awp, projector_distillation
 
-__all__ = ["projector_distillation"]
+__all__ = ["adr", "adversarial", "awp", "projector_distillation"]
