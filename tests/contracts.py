@@ -33,7 +33,10 @@ class Case(NamedTuple):
       partition_free: False if rows are coupled or dropout draws depend on the partition, so that
         microbatches and devices are not expected to agree.
       coupled: a batch-coupled Term is in it: devices agree, microbatches are refused.
-      models: the number of forward passes one update may trace, by model name.
+      counters: counters of the models' ``apply``, by model name.
+      passes: how often an update traces each of them; once where it isn't said. The body of an
+        attack is traced once for all its steps.
+      minimize: makes the Learner; those other than `kdjax.minimize` know no microbatches.
     """
 
     make: Callable[[Any], Method]
@@ -43,9 +46,11 @@ class Case(NamedTuple):
     partition_free: bool = True
     coupled: bool = False
     counters: dict[str, Counter] | None = None
+    passes: dict[str, int] | None = None
+    minimize: Callable[..., Learner] = kd.minimize
 
     def learner(self, **options: Any) -> Learner:
-        return kd.minimize(self.make(self.hyper[0]), optax.sgd(0.1, momentum=0.9), **options)
+        return self.minimize(self.make(self.hyper[0]), optax.sgd(0.1, momentum=0.9), **options)
 
     def start(self, learner: Learner | None = None) -> State:
         learner = self.learner() if learner is None else learner
@@ -126,7 +131,7 @@ def law_3_hyperparameters_are_traced(case: Case) -> None:
     """One program for all values of a hyperparameter; vmap over it equals one at a time."""
 
     def update(hyper: jax.Array, state: State) -> Any:
-        learner = kd.minimize(case.make(hyper), optax.sgd(0.1, momentum=0.9))
+        learner = case.minimize(case.make(hyper), optax.sgd(0.1, momentum=0.9))
         return learner.update(state, case.batch, case.frozen)[0].params
 
     counted = Counter(update)
@@ -170,6 +175,8 @@ def law_4_exact_means(case: Case) -> None:
     padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:8]]), case.batch)
     padded["weight"] = jnp.r_[jnp.ones(16), jnp.zeros(8)].astype(jnp.float32)
     np.testing.assert_allclose(loss(case.frozen, padded), loss(case.frozen, case.batch), rtol=1e-5)
+    if case.minimize is not kd.minimize:
+        return
     whole, sliced = case.learner(), case.learner(microbatches=4)
     start = case.start(whole)
     expected = jax.jit(whole.update)(start, case.batch, case.frozen)
@@ -196,14 +203,15 @@ def law_5_student_has_its_place(case: Case) -> None:
 
 
 def law_6_one_forward_pass(case: Case) -> None:
-    """Student and teacher run forward as often as the method says, usually once."""
+    """Student and teacher run forward as often as the method's mathematics asks, usually once."""
     assert case.counters, "the case counts no model"
     learner, state = case.learner(), case.start()
     for counter in case.counters.values():
         counter.calls = 0
     jax.make_jaxpr(learner.update)(state, case.batch, case.frozen)
     calls = {name: counter.calls for name, counter in case.counters.items()}
-    assert all(n == 1 for n in calls.values()), f"forward passes in one update: {calls}"
+    wanted = dict.fromkeys(calls, 1) | (case.passes or {})
+    assert calls == wanted, f"forward passes in one update: {calls}, not {wanted}"
 
 
 def law_7_metrics_are_scalars(case: Case) -> None:

@@ -254,6 +254,46 @@ def self_distilled() -> Case:
     return Case(make, batch(), counters={"student": calls})
 
 
+def adversarial(kind: str) -> Case:
+    """Adversarial training; the radius is the hyperparameter, or the teacher's temperature."""
+    student, student_calls = counted(plain())
+    teacher, teacher_calls = counted(plain())
+    methods = kd.methods
+    data = batch()
+    data["image"] = jax.nn.sigmoid(data["image"])
+    attack = {"step_size": 0.02, "steps": 2, "unroll": False}
+    annealed = {"temperature": optax.linear_schedule(2.0, 1.0, 10), "mix": 0.7, "ema_decay": 0.9}
+    # The number of classes, the attack's body and the loss; natural and attacked images make two.
+    passes = {"training": 3, "awp": 4, "trades": 5, "adr": 3, "adr_trades": 4, "ard": 4, "rslad": 3}
+
+    def make(hyper: Any) -> Method:
+        if kind in ("training", "awp"):
+            return methods.adversarial.adversarial_training(student, eps=hyper, **attack)
+        if kind == "trades":
+            return methods.adversarial.trades(student, eps=hyper, **attack)
+        if kind == "adr":
+            return methods.adr.adr(student, eps=hyper, **annealed, **attack)
+        if kind == "adr_trades":
+            return methods.adr.adr_trades(student, eps=hyper, forward="joint", **annealed, **attack)
+        if kind == "ard":
+            options = {"alpha": 0.5, "temperature": hyper, "eps": 0.05}
+            return methods.adversarial_distillation.ard(student, teacher, **options, **attack)
+        return methods.adversarial_distillation.rslad(student, teacher, eps=hyper, **attack)
+
+    taught = kind in ("ard", "rslad")
+    case = Case(
+        make,
+        data,
+        plain().init(jax.random.key(1), data["image"]) if taught else None,
+        hyper=(4.0, 8.0) if kind == "ard" else (0.01, 0.03),
+        counters={"student": student_calls} | ({"teacher": teacher_calls} if taught else {}),
+        passes={"student": passes[kind]},
+    )
+    if kind == "adr":  # noise that comes with the batch, in the place of draws by index
+        data["noise"] = 0.05 * jnp.sin(jnp.arange(data["image"].size)).reshape(data["image"].shape)
+    return case._replace(minimize=methods.awp.minimize) if kind == "awp" else case
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "distill_plain": lambda: distilled(plain()),
     "distill_linen": lambda: distilled(linen()),
@@ -267,4 +307,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "projector_imagenet": lambda: projected("imagenet"),
     "projector_cifar100": lambda: projected("cifar100"),
     "projector_deit": lambda: projected("deit"),
+    "adversarial_training": lambda: adversarial("training"),
+    "trades": lambda: adversarial("trades"),
+    "adr": lambda: adversarial("adr"),
+    "adr_trades": lambda: adversarial("adr_trades"),
+    "awp": lambda: adversarial("awp"),
+    "ard": lambda: adversarial("ard"),
+    "rslad": lambda: adversarial("rslad"),
 }

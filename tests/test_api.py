@@ -10,8 +10,9 @@ import pytest
 import kdjax as kd
 
 ROOMS = (
-    "core", "adapters", "augment", "data", "labels", "losses", "metrics", "parallel", "schedules",
-    "terms", "theory", "train", "methods.projector_distillation",
+    "core", "adapters", "attacks", "augment", "data", "labels", "losses", "metrics", "parallel",
+    "schedules", "terms", "theory", "train", "methods.adr", "methods.adversarial",
+    "methods.adversarial_distillation", "methods.awp", "methods.projector_distillation",
 )  # fmt: skip
 
 

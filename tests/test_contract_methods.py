@@ -27,13 +27,19 @@ FAST_ROUTES = {
     ("projector_imagenet", "shard_map", 8),
     ("projector_cifar100", "shard_map_unchecked", 4),
     ("projector_deit", "pmap", 4),
+    ("adr", "jit", 8),
+    ("adr", "shard_map", 4),
+    ("adr", "shard_map_unchecked", 4),
+    ("adr", "pmap", 4),
+    ("awp", "shard_map", 4),
+    ("rslad", "shard_map", 4),
     ("self_distilled", "shard_map", 4),
     ("self_distilled", "pmap", 8),
 }
 
 
 # Like another case in all that the laws look at.
-SLOW = {"projector_cifar100"}
+SLOW = {"projector_cifar100", "adversarial_training", "trades", "adr_trades", "ard", "rslad"}
 
 
 @pytest.mark.parametrize("law", contracts.LAWS, ids=lambda law: law.__name__)

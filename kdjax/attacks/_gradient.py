@@ -121,6 +121,8 @@ def pgd(
         Adversarially Robust Deep Learning", ICML 2020 (code).
     """
 
+    _check_callable(loss_fn)
+
     def stateless(images: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
         return loss_fn(images), state
 
@@ -179,6 +181,7 @@ def stateful_pgd(
     Reference:
         See `pgd`.
     """
+    _check_callable(loss_fn)
     x = _inputs.images(x)
     norm = _inputs.norm(norm)
     steps = _checks.count("steps", steps, low=0)
@@ -197,7 +200,9 @@ def stateful_pgd(
         images = _step(images, gradient.astype(x.dtype), x, eps, step_size, norm)
         return (images, state, record), None
 
-    record = (jnp.full_like(x, -jnp.inf, shape=x.shape[:1]) + 0 * _each(x), start) if best else ()
+    record: Any = (
+        (jnp.full_like(x, -jnp.inf, shape=x.shape[:1]) + 0 * _each(x), start) if best else ()
+    )
     state = jax.tree.map(jnp.asarray, state)
     carry = (start, state, record)
     (images, state, record), _ = jax.lax.scan(
@@ -209,16 +214,24 @@ def stateful_pgd(
     return _larger(record, _inputs.values(found, x), images)[1], state
 
 
+def _check_callable(loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise TypeError(
+            "loss_fn must be a function from images [B, ...] to losses [B], got "
+            f"{_checks.describe(loss_fn)}."
+        )
+
+
 def _start(
     x: jax.Array, eps: jax.Array, norm: str, key: jax.Array | None, noise: ArrayLike | None
 ) -> jax.Array:
     """The first iterate, inside the ball and the range."""
-    if key is not None and noise is not None:
-        raise ValueError("only one of key and noise may be given.")
-    if key is None and noise is None:
-        return x
     if noise is not None:
+        if key is not None:
+            raise ValueError("only one of key and noise may be given.")
         offset = offset_of(noise, x)
+    elif key is None:
+        return x
     elif norm == _inputs.LINF:
         offset = eps * _inputs.uniform(_inputs.keys(key, len(x)), x.shape[1:], x.dtype, -1.0, 1.0)
     else:

@@ -27,7 +27,8 @@ def images(x: ArrayLike) -> jax.Array:
     if x.size == 0:
         raise ValueError(f"x must have at least one image, got {_checks.describe(x)}.")
     if not _checks.is_traced(x):
-        low, high = float(x.min()), float(x.max())
+        known = np.asarray(x)  # not a jnp operation, which a surrounding jit would trace
+        low, high = float(known.min()), float(known.max())
         if not (low >= 0 and high <= 1):
             raise ValueError(
                 f"x must be images in [0, 1], got values from {low:.4g} to {high:.4g}: mean and "

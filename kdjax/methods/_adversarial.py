@@ -7,75 +7,35 @@ as ``target`` and ``adversarial``; the loss reads them there, so that no gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kdjax import _checks, _mesh_axis, attacks, labels, losses
-from kdjax._pairs import Batch, Method, Model, Outputs, Part, Schedule, Tree
+from kdjax import _checks, labels, losses
+from kdjax._pairs import Batch, Method, Model, Outputs, Part, Tree
 from kdjax._parts import accuracy_of, finite_padding, part_of
+from kdjax._teachers import check_variables, teach
+from kdjax.attacks import _inputs as attack_inputs
 from kdjax.core import from_parts
+from kdjax.methods._inner_attack import Call, Inner, Number, at, checked, inner, pgd_on, trades_on
 
-Number = float | jax.Array | Schedule
+__all__ = [
+    "Augment", "Call", "Number", "at", "averaged", "both", "build", "check_model", "checked",
+    "forward", "inner", "on_adversarial", "on_both", "on_target", "one_hot", "pgd_on", "rectified",
+    "seen_on_both", "target_loss", "trades_on",
+]  # fmt: skip
+
 Augment = Callable[[jax.Array, Batch], Batch]
-# (logits [B, C], images, batch) -> [B], what the attack maximises.
-AttackLoss = Callable[[jax.Array, jax.Array, Batch], jax.Array]
-MODES = ("eval", "batch_frozen", "batch_update")
 
 
-class Inner(NamedTuple):
-    """The inner maximisation: an attack on the student in training."""
-
-    eps: Number
-    step_size: Number
-    steps: int
-    norm: str
-    random_start: bool
-    mode: str
-    unroll: bool | None
-
-
-class Call(NamedTuple):
-    """What a hook of a Method gets, for the functions that it is made of."""
-
-    params: Tree
-    extra: Tree
-    batch: Batch
-    frozen: Tree
-    step: jax.Array
-    key: jax.Array
-    axis_name: str | None
-
-
-def inner(
-    *,
-    eps: Number = 8 / 255,
-    step_size: Number = 2 / 255,
-    steps: int = 10,
-    norm: str = "linf",
-    random_start: bool = True,
-    attack_mode: str = "eval",
-    unroll: bool | None = None,
-) -> Inner:
-    """Checked options of the attack."""
-    checked("eps", eps, low=0)
-    checked("step_size", step_size, low=0)
-    _checks.count("steps", steps, low=0)
-    _checks.choice("norm", norm, ("linf", "l2"))
-    _checks.choice("attack_mode", attack_mode, MODES)
-    return Inner(eps, step_size, steps, norm, random_start, attack_mode, unroll)
-
-
-def checked(name: str, value: Any, **bounds: Any) -> None:
-    """Refuses a number out of range at once; arrays in a trace and schedules come later."""
-    if not callable(value):
-        _checks.number(name, value, **bounds)
-
-
-def at(value: Any, step: jax.Array) -> Any:
-    """A hyperparameter's value at a step: a schedule's, or the number itself."""
-    return value(step) if callable(value) else value
+def check_model(name: str, model: Any) -> None:
+    """Refuses what is no `Model`."""
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"{name} must be a kdjax.Model; wrap it with kdjax.from_linen, from_nnx or from_fn, "
+            f"got {_checks.describe(model)}."
+        )
 
 
 def build(
@@ -87,6 +47,8 @@ def build(
     terms: Callable[[Call], tuple[dict[str, Any], dict[str, Outputs], Tree]],
     augment: Augment | None,
     ema_decay: Number | None,
+    teacher: Model | None = None,
+    answers: Callable[[Call, jax.Array], Batch] | None = None,
 ) -> Method:
     """A Method that trains a student on adversarial examples.
 
@@ -99,12 +61,13 @@ def build(
         outputs}, student's state)``.
       augment: as in `kdjax.distill`.
       ema_decay: of the averaged student in ``extra["ema"]``, or None for no average.
+      teacher: of a distillation, whose logits of the natural images come into the batch first, as
+        ``teacher_logits``; its variables are ``frozen``.
+      answers: ``(call, adversarial images) -> entries for the batch``, after the attack.
     """
-    if not isinstance(student, Model):
-        raise TypeError(
-            "student must be a kdjax.Model; wrap it with kdjax.from_linen, from_nnx or from_fn, "
-            f"got {_checks.describe(student)}."
-        )
+    check_model("student", student)
+    if teacher is not None:
+        check_model("teacher", teacher)
     if augment is not None and not callable(augment):
         raise TypeError(
             f"augment must be a function (key, batch) -> batch, got {_checks.describe(augment)}."
@@ -116,7 +79,12 @@ def build(
         if augment is not None:  # which may change shapes and entries
             shapes = jax.eval_shape(augment, key, batch)
             batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        else:
+            _check_values(student, finite_padding(batch))
         params, extra = student.init(key, student.read(batch))
+        if teacher is not None:
+            check_variables(teacher, frozen, batch)
+            jax.eval_shape(lambda v, b: teach(teacher, v, b), frozen, batch)
         kept = {"student": extra}
         if ema_decay is not None:
             kept["ema"] = jax.tree.map(jnp.copy, {"params": params, "extra": extra})
@@ -135,12 +103,16 @@ def build(
         augment_key, attack_key = jax.random.split(key)
         if augment is not None:
             batch = augment(augment_key, batch)
-        batch = finite_padding(batch)
+        batch = _without_padding_labels(finite_padding(batch))
+        if teacher is not None:
+            batch = {**batch, "teacher_logits": teach(teacher, frozen, batch)["logits"]}
         images = student.read(batch)
         call = Call(params, extra, batch, frozen, step, attack_key, axis_name)
         batch = {**batch, **targets(call, images)}
         adversarial, state = perturb(call._replace(batch=batch), images)
         batch["adversarial"] = adversarial
+        if answers is not None:
+            batch = {**batch, **answers(call._replace(batch=batch), adversarial)}
         return {**batch, "attack_extra": state} if inner.mode == "batch_update" else batch
 
     def parts(
@@ -186,6 +158,32 @@ def build(
     )
     # The state that the attack has moved is one for the whole batch: it has no slices.
     return method._replace(parts=None) if inner.mode == "batch_update" else method
+
+
+def _without_padding_labels(batch: Batch) -> Batch:
+    """The batch with no label in rows of weight 0, as a label that is no class makes NaN."""
+    label = jnp.asarray(batch.get("label", 0.0))
+    if "weight" not in batch or not jnp.issubdtype(label.dtype, jnp.integer):
+        return batch
+    counts = jnp.asarray(batch["weight"]) > 0
+    _checks.shape("batch['label']", label, counts.shape, "as batch['weight']")
+    return {**batch, "label": jnp.where(counts, label, -1)}
+
+
+def _check_values(student: Model, batch: Batch) -> None:
+    """Refuses images and labels that an update, which is traced, couldn't see to be wrong."""
+    images, label = jnp.asarray(student.read(batch)), jnp.asarray(batch.get("label", 0))
+    if any(_checks.is_traced(x) or not x.is_fully_addressable for x in (images, label)):
+        return
+    attack_inputs.images(images)
+    if jnp.issubdtype(label.dtype, jnp.floating):
+        mass = label.sum(-1)
+        if not bool(((label >= 0).all(-1) & ((jnp.abs(mass - 1) <= 1e-4) | (mass == 0))).all()):
+            raise ValueError(
+                "batch['label'] must hold probabilities that sum to 1 in each row, or to 0 in rows "
+                f"without a label, got sums from {mass.min():.4g} to {mass.max():.4g} and values "
+                f"from {label.min():.4g}."
+            )
 
 
 def averaged(average: Tree, now: Tree, decay: Any) -> Tree:
@@ -243,51 +241,14 @@ def rectified(student: Model, temperature: Number, mix: Number) -> Callable[...,
     return targets
 
 
-def pgd_on(student: Model, inner: Inner, loss: AttackLoss) -> Callable[..., Any]:
-    """``perturb`` by PGD on any loss of the student's logits."""
-
-    def perturb(call: Call, images: jax.Array) -> tuple[jax.Array, Tree]:
-        apply, state = _attacked(student, inner, call)
-
-        def values(x: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
-            logits, state = apply(x, state)
-            return loss(logits, x, call.batch), state
-
-        return attacks.stateful_pgd(
-            values,
-            images,
-            state,
-            step_size=at(inner.step_size, call.step),
-            **_options(inner, call, images, start=inner.random_start),
-        )
-
-    return perturb
-
-
-def trades_on(student: Model, inner: Inner) -> Callable[..., Any]:
-    """``perturb`` by the attack of TRADES, which sees no labels."""
-
-    def perturb(call: Call, images: jax.Array) -> tuple[jax.Array, Tree]:
-        apply, state = _attacked(student, inner, call)
-        return attacks.stateful_trades_attack(
-            apply,
-            images,
-            state,
-            step_size=at(inner.step_size, call.step),
-            **_options(inner, call, images, start=True),
-        )
-
-    return perturb
-
-
-def target_loss(logits: jax.Array, images: jax.Array, batch: Batch) -> jax.Array:
+def target_loss(logits: jax.Array, images: jax.Array, call: Call) -> jax.Array:
     """Cross-entropy with the batch's targets: what PGD maximises, and training minimises."""
-    return losses.hard_label_cross_entropy(logits, batch["target"])
+    return losses.hard_label_cross_entropy(logits, call.batch["target"])
 
 
 def on_target(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The values of `target_loss`, and which rows have a target."""
-    known = batch["target"].sum(-1) > 0
+    known = batch["target"].sum(-1) != 0  # also where a label is no class: NaN must be seen
     return losses.hard_label_cross_entropy(logits, batch["target"]), known.astype(jnp.float32)
 
 
@@ -305,31 +266,43 @@ def on_adversarial(student: Model) -> Callable[[Call], Any]:
 def on_both(student: Model, beta: Number, how: str) -> Callable[[Call], Any]:
     """``terms`` of TRADES."""
     checked("beta", beta, low=0)
-    _checks.choice("forward", how, ("joint", "separate"))
+    run = both(student, how)
 
     def terms(call: Call) -> Any:
-        batch = call.batch
-        images = jnp.asarray(student.read(batch)).astype(batch["adversarial"].dtype)
-        if how == "joint":
-            both = jnp.concatenate([images, batch["adversarial"]])
-            outputs, state = forward(student, call, both)
-            natural, moved = jnp.split(outputs["logits"], 2)
-        else:
-            outputs, state = forward(student, call, images)
-            natural = outputs["logits"]
-            later = call._replace(
-                extra={**call.extra, "student": state}, key=jax.random.fold_in(call.key, 1)
-            )
-            outputs, state = forward(student, later, batch["adversarial"])
-            moved = outputs["logits"]
+        natural, moved, state = run(call)
         found = {
-            "natural": (1.0, on_target(natural, batch)),
+            "natural": (1.0, on_target(natural, call.batch)),
             "robust": (at(beta, call.step), losses.trades_kl(moved, natural)),
         }
-        seen = {"accuracy": {"logits": natural}, "adversarial_accuracy": {"logits": moved}}
-        return found, seen, state
+        return found, seen_on_both(natural, moved), state
 
     return terms
+
+
+def both(student: Model, how: str) -> Callable[[Call], tuple[jax.Array, jax.Array, Tree]]:
+    """``(call) -> (natural logits, adversarial logits, student's state)`` in training mode."""
+    _checks.choice("forward", how, ("joint", "separate"))
+
+    def run(call: Call) -> tuple[jax.Array, jax.Array, Tree]:
+        moved = call.batch["adversarial"]
+        images = jnp.asarray(student.read(call.batch)).astype(moved.dtype)
+        if how == "joint":
+            outputs, state = forward(student, call, jnp.concatenate([images, moved]))
+            natural, adversarial = jnp.split(outputs["logits"], 2)
+            return natural, adversarial, state
+        outputs, state = forward(student, call, images)
+        later = call._replace(
+            extra={**call.extra, "student": state}, key=jax.random.fold_in(call.key, 1)
+        )
+        found, state = forward(student, later, moved)
+        return outputs["logits"], found["logits"], state
+
+    return run
+
+
+def seen_on_both(natural: jax.Array, moved: jax.Array) -> dict[str, Outputs]:
+    """The outputs whose accuracy is tracked."""
+    return {"accuracy": {"logits": natural}, "adversarial_accuracy": {"logits": moved}}
 
 
 def forward(student: Model, call: Call, images: jax.Array) -> tuple[Outputs, Tree]:
@@ -337,48 +310,6 @@ def forward(student: Model, call: Call, images: jax.Array) -> tuple[Outputs, Tre
     return student.apply(
         call.params["student"], call.extra["student"], images, train=True, key=call.key
     )
-
-
-def _attacked(student: Model, inner: Inner, call: Call) -> tuple[Callable[..., Any], Tree]:
-    """``(images, state) -> (logits, state)`` of the student under attack, and its first state."""
-    params, extra = call.params["student"], call.extra["student"]
-    moves = inner.mode == "batch_update"
-    if moves and call.axis_name is not None and _mesh_axis.tracks(call.axis_name):
-        extra = _mesh_axis.vary(extra, call.axis_name)  # a loop's state varies from the start
-
-    def apply(x: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
-        if moves:
-            outputs, state = student.apply(params, state, x, train=True, key=call.key)
-        else:
-            train = inner.mode == "batch_frozen"
-            key = call.key if train else None
-            outputs, _ = student.apply(params, extra, x, train=train, key=key)
-        return outputs["logits"], state
-
-    return apply, extra if moves else ()
-
-
-def _options(inner: Inner, call: Call, images: jax.Array, *, start: bool) -> dict[str, Any]:
-    noise = call.batch.get("noise")
-    key = _keys(call, images.shape[0]) if start and noise is None else None
-    return {
-        "eps": at(inner.eps, call.step),
-        "steps": inner.steps,
-        "norm": inner.norm,
-        "noise": noise,
-        "key": key,
-        "unroll": inner.unroll,
-    }
-
-
-def _keys(call: Call, count: int) -> jax.Array:
-    """One key per image, by its place in the data set, or in the batch of all devices."""
-    index = call.batch.get("index")
-    if index is None:
-        index = jnp.arange(count)
-        if call.axis_name is not None:
-            index += count * jax.lax.axis_index(call.axis_name)
-    return jax.vmap(jax.random.fold_in, (None, 0))(call.key, index)
 
 
 def _mass(batch: Mapping[str, Any], axis_name: str | None) -> dict[str, Part]:

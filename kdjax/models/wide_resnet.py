@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from kdjax.models._layers import GlobalAveragePool, batch_norm, conv, dense, ima
 
 
 class PreActBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions; the sum is not activated.
+    """Batch norm and activation before each of two 3x3 convolutions; the sum is not activated.
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """
@@ -20,14 +20,15 @@ class PreActBlock(nn.Module):
     features: int
     stride: int = 1
     dropout: float = 0.0
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = nn.relu(batch_norm(train, name="norm1")(x))
+        y = self.activation(batch_norm(train, name="norm1")(x))
         if self.stride != 1 or x.shape[-1] != self.features:
             x = conv(self.features, 1, stride=self.stride, name="shortcut")(y)
         y = conv(self.features, 3, stride=self.stride, name="conv1")(y)
-        y = nn.relu(batch_norm(train, name="norm2")(y))
+        y = self.activation(batch_norm(train, name="norm2")(y))
         y = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(y)
         return x + conv(self.features, 3, name="conv2")(y)
 
@@ -37,12 +38,16 @@ class _Stage(nn.Module):
     blocks: int
     stride: int
     dropout: float
+    activation: Callable[[jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for i in range(self.blocks):
             stride = self.stride if i == 0 else 1
-            x = PreActBlock(self.features, stride, self.dropout, name=f"block{i}")(x, train)
+            block = PreActBlock(
+                self.features, stride, self.dropout, self.activation, name=f"block{i}"
+            )
+            x = block(x, train)
         return x
 
 
@@ -60,8 +65,8 @@ class PreActResNet(nn.Module):
     """Residual network of pre-activation blocks for small images.
 
     Submodules for taps: ``stem``, ``stage1`` ... with ``stage1/block0`` ..., ``norm`` (the last
-    batch norm; ReLU follows), ``pool`` (features [B, widths[-1]]), ``classifier``. Every stage
-    after the first halves the image.
+    batch norm; the activation follows), ``pool`` (features [B, widths[-1]]), ``classifier``. Every
+    stage after the first halves the image.
 
     Args:
         num_classes: Width of the logits, at least 1.
@@ -69,6 +74,7 @@ class PreActResNet(nn.Module):
         widths: Channels of each stage.
         stem_width: Channels of the stem.
         dropout: Rate between the two convolutions of a block, in [0, 1).
+        activation: ReLU, or for adversarial training with generated images swish (`nn.swish`).
 
     Returns:
         Called as ``module.apply(variables, x, train=False)`` with x [B, H, W, C]:
@@ -92,14 +98,18 @@ class PreActResNet(nn.Module):
     widths: Sequence[int]
     stem_width: int
     dropout: float = 0.0
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = _Stem(self.stem_width, name="stem")(images(x))
         for i, (blocks, features) in enumerate(zip(self.blocks, self.widths, strict=True)):
             stride = 1 if i == 0 else 2
-            x = _Stage(features, blocks, stride, self.dropout, name=f"stage{i + 1}")(x, train)
-        x = nn.relu(batch_norm(train, name="norm")(x))
+            stage = _Stage(
+                features, blocks, stride, self.dropout, self.activation, name=f"stage{i + 1}"
+            )
+            x = stage(x, train)
+        x = self.activation(batch_norm(train, name="norm")(x))
         x = GlobalAveragePool(name="pool")(x)
         return dense(self.num_classes, name="classifier")(x)
 
