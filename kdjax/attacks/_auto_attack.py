@@ -122,9 +122,9 @@ def auto_attack(
         >>> import jax, jax.numpy as jnp
         >>> from kdjax import attacks
         >>> def apply(weights, images):  # one class for each of four pixels
-        ...     return images.reshape(-1, 4) * weights
+        ...     return jnp.dot(images.reshape(-1, 4), weights)
         >>> x = jnp.array([[0.9, 0.1, 0.2, 0.0], [0.5, 0.4, 0.1, 0.1]]).reshape(2, 2, 2, 1)
-        >>> model = jax.tree_util.Partial(apply, jnp.ones(4))
+        >>> model = jax.tree_util.Partial(apply, jnp.eye(4))
         >>> found = attacks.auto_attack(
         ...     model, x, jnp.array([0, 0]), eps=0.1, key=jax.random.key(0), targets=3, steps=10,
         ...     queries=20,
@@ -285,7 +285,7 @@ def _images(x: ArrayLike, size: int) -> np.ndarray:
     """[N, ...] on the host, in the dtype that attacks compute in."""
     on_host = np.asarray(x) if hasattr(x, "dtype") else np.asarray(_inputs.images(x))
     dtype = _inputs.images(on_host[:1]).dtype
-    for start in range(size, len(on_host), size):
+    for start in range(0, len(on_host), size):
         _inputs.images(on_host[start : start + size])
     return on_host.astype(dtype)
 

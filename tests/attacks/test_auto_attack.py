@@ -177,7 +177,7 @@ def test_one_attack_alone_is_the_published_one(golden, key, one_size):
 @pytest.mark.slow
 @pytest.mark.filterwarnings(BROKEN_BY_SQUARE)
 @pytest.mark.parametrize(
-    ("name", "norm", "seeds"), [("mlp", "linf", 5), ("mlp", "l2", 2), ("conv", "linf", 2)]
+    ("name", "norm", "seeds"), [("mlp", "linf", 2), ("mlp", "l2", 1), ("conv", "linf", 1)]
 )
 def test_standard_in_full(golden, name, norm, seeds):
     x, labels = images(golden, name)
@@ -199,7 +199,7 @@ def test_standard_in_full(golden, name, norm, seeds):
 def test_single_attacks_in_full(golden, name):
     x, labels = images(golden, name)
     model = network(golden, name)
-    counts = {"apgd_ce": 5, "apgd_dlr": 5, "apgd_t": 5, "fab_t": 1, "square": 5}
+    counts = {"apgd_ce": 3, "apgd_dlr": 3, "apgd_t": 1, "fab_t": 1, "square": 3}
     for which, seeds in counts.items():
         wanted = mask(golden, name, f"{which}_linf_robust")[0].sum(-1).mean()
         found = [
@@ -727,6 +727,11 @@ def test_a_stopped_bar_gives_back_the_terminal(stand_ins, kill, key, monkeypatch
     ("change", "error", "words"),
     [
         ({"x": np.full((4, 2, 2, 1), 1.5)}, ValueError, r"x must be images in \[0, 1\]"),
+        (
+            {"x": np.eye(4).reshape(4, 2, 2, 1) * [[[[1]]], [[[1]]], [[[2]]], [[[1]]]]},
+            ValueError,
+            "x must",
+        ),
         ({"x": np.full((4, 2, 2, 1), np.nan)}, ValueError, r"x must be images in \[0, 1\]"),
         ({"x": np.zeros((4, 2, 2, 1), int)}, TypeError, "x must be floating-point"),
         ({"x": np.zeros((0, 2, 2, 1)), "labels": np.zeros(0, int)}, ValueError, "at least one"),
