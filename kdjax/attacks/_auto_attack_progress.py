@@ -139,7 +139,7 @@ class Bar:
         # None: tqdm decides, by whether there is a terminal.
         self._bar = tqdm(
             total=len(progress.passed),
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             disable=None if show else True,
         )
 

@@ -20,6 +20,8 @@ kdjax {kdjax.__version__}: knowledge distillation for JAX
                          (start here: without options it runs on real digits)
   kdjax evaluate         test a trained model
   kdjax predict-labels   store a teacher's outputs on disk, to distil without running it
+  kdjax robust           adversarial training with self-distillation (ADR), and what a
+                         network is worth under attack: train, evaluate
   kdjax theory           what a teacher can be worth, predicted before anything is trained:
                          for a power law (risk) or for your own features and labels (plan)
 
@@ -29,6 +31,24 @@ Each has a --help of its own. From a first run to a store of soft labels:
   kdjax evaluate runs/first/distilled/seed-0
   kdjax predict-labels runs/first/teacher --out labels
   kdjax distill --teacher-labels labels
+"""
+_ROBUST_HELP = """\
+kdjax robust: networks that hold under small, worst-case changes of their inputs
+
+  kdjax robust train     the same network by adversarial training and by ADR, whose labels are
+                         rectified by the average of the student; a table of both under attack
+                         (start here: without options it runs on real digits)
+  kdjax robust evaluate  one trained network under PGD, CW and AutoAttack: accuracy,
+                         calibration, stability, signs of masked gradients
+
+Each has a --help of its own:
+
+  kdjax robust train --out runs/robust
+  kdjax robust evaluate runs/robust/adr/seed-0
+  kdjax robust evaluate runs/distill-1/distilled/seed-0 --examples 200
+
+ADR: Wu, Wang, Chen, "Annealing Self-Distillation Rectification Improves Adversarial Training",
+ICLR 2024. AutoAttack: Croce, Hein, ICML 2020.
 """
 _THEORY_HELP = """\
 kdjax theory: exact predictions for linear students of a surrogate's labels, in seconds
@@ -98,6 +118,32 @@ def _run_predict_labels(arguments: Sequence[str]) -> int:
     return _evaluate.predict_labels(options)
 
 
+def _run_robust(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_ROBUST_HELP, end="")
+        return 0
+    what, *rest = arguments
+    if what == "train":
+        options = _parse(_options.RobustTrain, "robust train", rest)
+        from kdjax.cli import _robust
+
+        out = _robust.out_folder(options.run)
+        known = _robust.remembered(out) if options.run.resume else None
+        if options.run.resume and known is None:
+            raise ValueError(
+                f"out must be the folder of a run to resume, got {out}, which holds none."
+            )
+        if known is not None:
+            options = _parse(_options.RobustTrain, "robust train", rest, known)
+        return _robust.train(options, out)
+    if what == "evaluate":
+        chosen = _parse(_options.RobustEvaluate, "robust evaluate", rest)
+        from kdjax.cli import _robust
+
+        return _robust.evaluate(chosen)
+    raise ValueError(f"robust must be followed by train or evaluate, got {what!r}.")
+
+
 def _run_theory(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_THEORY_HELP, end="")
@@ -144,6 +190,7 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
         "distill": _run_distill,
         "evaluate": _run_evaluate,
         "predict-labels": _run_predict_labels,
+        "robust": _run_robust,
         "theory": _run_theory,
     }
 )

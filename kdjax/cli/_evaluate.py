@@ -78,7 +78,7 @@ def predict_labels(options: PredictLabels) -> int:
 
 def _open(options: Evaluate | PredictLabels, split: str) -> tuple[Trained, Dataset]:
     """The models of a checkpoint, and the data asked for or that they were trained on."""
-    from kdjax.experiments import runs, soft_labels
+    from kdjax.experiments import robust, runs, soft_labels
 
     manifest = runs.read(options.checkpoint)
     data, data_dir = options.data, options.data_dir
@@ -89,6 +89,11 @@ def _open(options: Evaluate | PredictLabels, split: str) -> tuple[Trained, Datas
                 f"data must be given: {options.checkpoint} doesn't say what it was trained on."
             )
         data, data_dir = known["data"], known["data_dir"] if data_dir is None else data_dir
-    dataset = soft_labels.with_validation(_data.load(data, data_dir))
+    dataset = _data.load(data, data_dir)
+    if manifest.get("experiment") == "robust":  # which holds out another part of train
+        held_out = manifest.get("robust", {}).get("data", {}).get("validation")
+        dataset = robust.with_validation(dataset, held_out)
+    else:
+        dataset = soft_labels.with_validation(dataset)
     _checks.choice("split", split, dataset.splits)
     return runs.load(options.checkpoint, dataset), dataset

@@ -57,7 +57,7 @@ class Teacher:
     """Folder of stored outputs from `kdjax predict-labels`; no teacher is run."""
     teacher_model: Name = "convnet"
     """Its network:
-    mlp, mlp_small, convnet, convnet_small, vit,
+    mlp, mlp_small, convnet, convnet_small, pooled_convnet, vit,
     resnet8, resnet14, resnet20, resnet32, resnet56,
     resnet110, resnet8x4, resnet32x4, resnet18, resnet34,
     resnet50, preact_resnet18, wrn_16_1, wrn_16_2,
@@ -177,6 +177,160 @@ class PredictLabels:
     """Precision on disk."""
     temperature: float = 1.0
     """T of the probabilities of --top-k; distil at the same one."""
+
+
+Radius = Annotated[str | None, _of("NUMBER")]
+Share = Annotated[float | None, _of("FLOAT")]
+Pair = Annotated[tuple[float, float] | None, _of("START END")]
+Network = Annotated[str | None, _of("NAME")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustData:
+    """Where the images come from, and how many are used."""
+
+    data: Source = "digits"
+    """digits (embedded in scikit-learn), PATH.npz (x_train, y_train, x_test, y_test; values 0 to
+    255 as integers, or 0 to 1), or tfds:NAME (TensorFlow Datasets, prepared on disk)."""
+    data_dir: Folder = None
+    """Where tfds data lie; by default where TensorFlow Datasets puts them."""
+    examples: Count = None
+    """Training images to use, each seed its own; default 300 of the digits, else all."""
+    label_noise: Share = None
+    """Share of the training labels to replace by wrong ones; default 0.2 for the digits, which are
+    too easy otherwise, else 0."""
+    validation: Count = None
+    """Training images to hold out for the choice of the epoch; default 1,024 or 2 %, whichever is
+    more, but at most a tenth; digits have 180 already."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustMethod:
+    """What is trained, and how. Defaults suit the data: those of the digits, and in brackets the
+    published ones for larger images."""
+
+    method: tuple[Literal["at", "trades", "adr", "adr-trades", "all"], ...] = ("at", "adr")
+    """One or more. at: PGD adversarial training. trades: TRADES. adr, adr-trades: the same with
+    labels rectified by the average of the student (ADR). all: these four."""
+    awp: Annotated[bool, *_Flag] = False
+    """Also perturb the weights (AWP, in the form of ADR's code)."""
+    model: Network = None
+    """Network, as in kdjax distill --help; default mlp [resnet18]."""
+    epochs: Count = None
+    """Passes over the training images; default 80 [200]. The learning rate falls to a tenth after
+    a half and three quarters of them."""
+    batch_size: Count = None
+    """Images in each update, over all devices; default 50 [128]."""
+    learning_rate: Share = None
+    """Of SGD with momentum 0.9; default 0.1."""
+    weight_decay: Share = None
+    """Default 0 [0.0005]."""
+    ema_decay: Share = None
+    """Of the average of the weights, which is ADR's teacher; default 0.99 [0.995]."""
+    temperature: Pair = None
+    """Of ADR's teacher, falling; default 1.5 1 [by the number of classes, 2.5 2 for ten]."""
+    mix: Pair = None
+    """The most that it counts in a label, rising; default 0.5 0.9 [0.7 0.95]."""
+    beta: float = 6.0
+    """Weight of the divergence in TRADES."""
+    rho: Share = None
+    """Size of AWP's perturbation; default 0.005."""
+    augmentation: Augmentation = None
+    """affine, affine_wide, crop_flip or none; default none [crop_flip, if they have colours]."""
+    seeds: int = 3
+    """Trainings of each method, from seeds 0, 1, ...; one gives no standard errors."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustAttack:
+    """What they are trained and tested against."""
+
+    eps: Radius = None
+    """Radius of the attacks, a number or fraction such as 8/255; default 0.1 [8/255; with --norm l2
+    0.4 and 0.5]."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Largest change of a pixel, or Euclidean length of the change."""
+    step_size: Radius = None
+    """Step of the attack in training; default eps / 4."""
+    attack_steps: Count = None
+    """Steps of the attack in training; default 7 [10]."""
+    auto_attack: Count = None
+    """Test images for AutoAttack, which takes long, each seed its own; default 32 of the digits
+    [0]."""
+    auto_attack_weights: tuple[Literal["student", "ema"], ...] = ("student",)
+    """What AutoAttack attacks: the student, the average of its weights, or both."""
+    eval_every: int = 1
+    """Epochs between evaluations by PGD-10 on the held-out images."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustRun:
+    """Where it runs and what it leaves."""
+
+    devices: int = 1
+    """Devices that each batch is split over. A CPU can pretend to be several."""
+    out: Folder = None
+    """For checkpoints, curves.png, perturbed.png and robust.json; default a new runs/robust-N."""
+    resume: Annotated[bool, *_Flag] = False
+    """Go on with the run in --out (by default the newest runs/robust-N), also after a kill.
+    Its options are remembered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustTrain:
+    """Train a network by adversarial training and by ADR, and see what each is worth under attack.
+
+    Each method starts from the same parameters and has the same budget. Its best epoch is chosen by
+    PGD-10 on held-out training images, never on the test split. The last word is a table of
+    student and averaged weights on the test split.
+
+      kdjax robust train                         300 digits, a fifth of their labels wrong
+      kdjax robust train --method all --awp      four methods, all with AWP
+      kdjax robust train --data cifar10.npz --eps 8/255 --seeds 1 --auto-attack 1000
+      kdjax robust train --resume                go on after Ctrl-C or a kill
+    """
+
+    data: RobustData = RobustData()
+    method: RobustMethod = RobustMethod()
+    attack: RobustAttack = RobustAttack()
+    run: RobustRun = RobustRun()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustEvaluate:
+    """Attack a trained network in every way there is, and look for masked gradients.
+
+    Accuracy under PGD, CW and AutoAttack, calibration with and without attack, stability under
+    noise and corruptions. A killed evaluation goes on when the command is repeated.
+
+      kdjax robust evaluate runs/robust-1/adr/seed-0
+      kdjax robust evaluate runs/robust-1/adr/seed-0 --weights ema --examples 200
+      kdjax robust evaluate runs/distill-1/distilled/seed-0 --eps 0.05
+    """
+
+    run_folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Run folder: runs/robust-N/METHOD/seed-N, or one of kdjax distill."""
+    weights: Literal["student", "ema"] = "student"
+    """The student, or the average of its weights."""
+    epoch: Annotated[Literal["best", "last"] | None, _of("best|last")] = None
+    """Which of its checkpoints; default the best, where the run chose one."""
+    seed: Count = None
+    """Of a run of several seeds together; default the first."""
+    eps: Radius = None
+    """Radius of the attacks, a number or fraction such as 8/255; default that of the training."""
+    norm: Annotated[Literal["linf", "l2"] | None, _of("linf|l2")] = None
+    """Default that of the training, else linf."""
+    examples: int = 1000
+    """Test images, at most, spread evenly over the split."""
+    version: Literal["standard", "plus", "rand"] = "standard"
+    """Of AutoAttack: plus has more attacks and restarts, rand is for randomised networks."""
+    checkpoint: Folder = None
+    """Where the evaluation is kept, with report.json and report.png; default in FOLDER, under a
+    name made of the settings."""
+    data: Annotated[str | None, _of("DATA")] = None
+    """digits, PATH.npz or tfds:NAME; default what it was trained on."""
+    data_dir: Folder = None
+    """Folder of prepared tfds data."""
 
 
 File = Annotated[str | None, _of("FILE.png")]
