@@ -185,10 +185,9 @@ def law_4_exact_means(case: Case) -> None:
 
 
 def refuses_microbatches(case: Case) -> None:
-    learner = case.learner(microbatches=4)
     state = case.start()
     with pytest.raises(ValueError, match="microbatches"):
-        learner.update(state, case.batch, case.frozen)
+        case.learner(microbatches=4).update(state, case.batch, case.frozen)
 
 
 def law_5_student_has_its_place(case: Case) -> None:

@@ -294,6 +294,34 @@ def adversarial(kind: str) -> Case:
     return case._replace(minimize=methods.awp.minimize) if kind == "awp" else case
 
 
+def condensed() -> Case:
+    """Learned pairs, a pool of two networks that start anew, and a network that labels."""
+    network, network_calls = counted(plain())
+    target, target_calls = counted(plain())
+    data = batch()
+    pairs = {
+        "image": jax.random.normal(jax.random.key(5), (6, WIDTH)),
+        "target": jax.random.normal(jax.random.key(6), (6, CLASSES)),
+    }
+
+    def make(reg: Any) -> Method:
+        return kd.methods.krr_st.krr_st(
+            network, pairs, target=target, features="hidden", pool_size=2, max_age=2,
+            warm_up=False, reg=reg,
+        )  # fmt: skip
+
+    return Case(
+        make,
+        data,
+        plain().init(jax.random.key(1), data["image"]),
+        hyper=(1e-2, 1e-1),
+        coupled=True,
+        counters={"network": network_calls, "target": target_calls},
+        # Real images, synthetic ones, and the step of the network on the new pairs.
+        passes={"network": 3},
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "distill_plain": lambda: distilled(plain()),
     "distill_linen": lambda: distilled(linen()),
@@ -314,4 +342,5 @@ CASES: dict[str, Callable[[], Case]] = {
     "awp": lambda: adversarial("awp"),
     "ard": lambda: adversarial("ard"),
     "rslad": lambda: adversarial("rslad"),
+    "krr_st": condensed,
 }

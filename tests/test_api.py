@@ -10,9 +10,10 @@ import pytest
 import kdjax as kd
 
 ROOMS = (
-    "core", "adapters", "attacks", "augment", "data", "labels", "losses", "metrics", "parallel",
-    "schedules", "terms", "theory", "train", "methods.adr", "methods.adversarial",
-    "methods.adversarial_distillation", "methods.awp", "methods.projector_distillation",
+    "core", "adapters", "attacks", "augment", "data", "kernels", "labels", "losses", "metrics",
+    "parallel", "schedules", "terms", "theory", "train", "methods.adr", "methods.adversarial",
+    "methods.adversarial_distillation", "methods.awp", "methods.krr_st",
+    "methods.projector_distillation",
 )  # fmt: skip
 
 

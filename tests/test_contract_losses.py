@@ -68,6 +68,15 @@ def one_side_and_labels(rng):
 
 TEMPERATURE = {"temperature": (2.0, 3.5)}
 CASES = {
+    "barlow_twins": Case(
+        features,
+        (),
+        {"off_diagonal": (0.1, 2.0), "eps": (0.1, 0.5)},
+        teacher=(),
+        mask=(8,),
+        coupled=True,
+    ),
+    "nt_xent": Case(features, (8,), TEMPERATURE, teacher=(), mask=(8,), across=True),
     "center": Case(one_feature, (8, 6), teacher=(), mask=(8,), across=True),
     "correlation_distance": Case(features, (), {"power": (3.0, 5.0)}, mask=(8,), coupled=True),
     "correlation_log_sum": Case(

@@ -33,6 +33,8 @@ FAST_ROUTES = {
     ("adr", "pmap", 4),
     ("awp", "shard_map", 4),
     ("rslad", "shard_map", 4),
+    ("krr_st", "shard_map", 8),
+    ("krr_st", "shard_map_unchecked", 4),
     ("self_distilled", "shard_map", 4),
     ("self_distilled", "pmap", 8),
 }

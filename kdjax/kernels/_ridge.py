@@ -28,6 +28,11 @@ class Ridge(NamedTuple):
     bias: jax.Array
     penalty: jax.Array
 
+    @property
+    def finite(self) -> jax.Array:
+        """Whether the matrix was positive definite in its precision: a scalar, boolean."""
+        return jnp.isfinite(self.weights).all() & jnp.isfinite(self.bias).all()
+
 
 def ridge(
     features: ArrayLike,
@@ -82,10 +87,10 @@ def ridge(
         are those of Lee et al., "Self-Supervised Dataset Distillation for Transfer Learning", ICLR
         2024 (code).
     """
-    f, y = _pair("features", features, "targets", targets)
+    f, y = pair("features", features, "targets", targets)
     _checks.choice("method", method, METHODS)
     _checks.choice("reg_scale", reg_scale, SCALES)
-    dtype = _solve_dtype(solve_dtype, f.dtype)
+    dtype = solve_dtype_of(solve_dtype, f.dtype)
     m, wide = f.shape[0], f.shape[1] + bool(add_bias)
     if method == "auto":
         method = "primal" if wide <= m else "dual"
@@ -126,7 +131,7 @@ def ridge_predict(fit: Ridge, features: ArrayLike) -> jax.Array:
             f"features must have {fit.weights.shape[0]} columns, as those of the fit have, got "
             f"{_checks.describe(f)}."
         )
-    return jnp.matmul(f, fit.weights, precision=jax.lax.Precision.HIGHEST) + fit.bias[None]
+    return _solve.matmul(f, fit.weights) + fit.bias[None]
 
 
 def krr_loss(
@@ -181,16 +186,10 @@ def krr_loss(
         D. B. Lee et al., "Self-Supervised Dataset Distillation for Transfer Learning", ICLR 2024,
         the outer objective, by its published code (bias in the kernel, lam from the trace).
     """
-    real, targets = _pair("f_t", f_t, "y_t", y_t)
-    f, y = _pair("f_s", f_s, "y_s", y_s)
-    if f.shape[1] != real.shape[1]:
-        raise ValueError(
-            f"f_t must have {f.shape[1]} columns, as f_s has, got {_checks.describe(real)}."
-        )
-    if y.shape[1] != targets.shape[1]:
-        raise ValueError(
-            f"y_t must have {y.shape[1]} columns, as y_s has, got {_checks.describe(targets)}."
-        )
+    real, targets = pair("f_t", f_t, "y_t", y_t)
+    f, y = pair("f_s", f_s, "y_s", y_s)
+    same_width("f_t", real, "f_s", f)
+    same_width("y_t", targets, "y_s", y)
     fit = ridge(
         f, y, reg=reg, reg_scale=reg_scale, reg_grad=reg_grad, add_bias=add_bias, method=method,
         solve_dtype=solve_dtype,
@@ -211,10 +210,11 @@ def penalty(
     return value * (trace / f.shape[0] if scale == "mean_trace" else trace)
 
 
-def _pair(
-    name: str, features: ArrayLike, other: str, targets: ArrayLike
+def pair(
+    name: str, features: ArrayLike, other: str, targets: ArrayLike, *, ndim: int | None = 2
 ) -> tuple[jax.Array, jax.Array]:
-    f = _checks.floating(name, features, ndim=2)
+    """Inputs and targets in one dtype, as many of the one as of the other."""
+    f = _checks.floating(name, features, ndim=ndim, min_ndim=2)
     y = _checks.floating(other, targets, ndim=2)
     if f.size == 0 or y.size == 0:
         empty, array = (name, f) if f.size == 0 else (other, y)
@@ -227,7 +227,16 @@ def _pair(
     return f.astype(dtype), y.astype(dtype)
 
 
-def _solve_dtype(wanted: Any, default: Any) -> Any:
+def same_width(name: str, x: jax.Array, other: str, like: jax.Array) -> None:
+    """Refuses rows of another shape."""
+    if x.shape[1:] != like.shape[1:]:
+        columns = " x ".join(map(str, like.shape[1:])) + " columns" * (like.ndim == 2)
+        raise ValueError(
+            f"{name} must have rows of {columns}, as {other} has, got {_checks.describe(x)}."
+        )
+
+
+def solve_dtype_of(wanted: Any, default: Any) -> Any:
     if wanted is None:
         return default
     dtype = jnp.dtype(wanted)

@@ -30,7 +30,7 @@ Pair = tuple[jax.Array, jax.Array]
 Three = tuple[jax.Array, jax.Array, jax.Array]
 # Gram matrices lose half of their digits: not even one may go in the products, which by default
 # are bfloat16 passes on a TPU and TF32 on a GPU.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -62,25 +62,46 @@ def _backward(
 weights.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def positive(matrix: jax.Array, right: jax.Array, lam: jax.Array) -> jax.Array:
+    """``(matrix + lam I)^-1 right`` for a positive semidefinite matrix."""
+    return _positive(matrix, right, lam)[0]
+
+
+def _positive(matrix: jax.Array, right: jax.Array, lam: jax.Array) -> tuple[jax.Array, Any]:
+    factor = jnp.linalg.cholesky(_plus_diagonal(matrix, lam))
+    alpha = cho_solve((factor, True), right)
+    return alpha, (factor, alpha)
+
+
+def _positive_vjp(kept: Any, cotangent: jax.Array) -> Three:
+    factor, alpha = kept
+    beta = cho_solve((factor, True), cotangent)
+    return -matmul(beta, alpha.T), beta, -jnp.sum(beta * alpha)
+
+
+positive.defvjp(_positive, _positive_vjp)
+
+
 def _dual(
     f: jax.Array, y: jax.Array, lam: jax.Array, bias: bool, solve_dtype: Any
 ) -> tuple[Pair, Any]:
     wide = f.astype(solve_dtype)
-    gram = _matmul(wide, wide.T) + (1 if bias else 0)
+    gram = matmul(wide, wide.T) + (1 if bias else 0)
     factor = jnp.linalg.cholesky(_plus_diagonal(gram, lam))
     alpha = cho_solve((factor, True), y.astype(solve_dtype))
     # In the wider dtype to the end: where rows are nearly alike alpha is large and cancels here.
-    found = _matmul(wide.T, alpha)
+    found = matmul(wide.T, alpha)
     return _rounded((found, _column(alpha, bias)), f), (f, y, factor, alpha, found)
 
 
 def _dual_vjp(bias: bool, kept: Any, h: jax.Array, h_bias: jax.Array) -> Three:
     f, y, factor, alpha, found = kept
     wide, h = f.astype(factor.dtype), h.astype(factor.dtype)
-    right = _matmul(wide, h) + (h_bias if bias else 0)
+    right = matmul(wide, h) + (h_bias.astype(h.dtype)[None] if bias else 0)
     beta = cho_solve((factor, True), right)
-    rest = h - _matmul(wide.T, beta)
-    df = _matmul(alpha, rest.T) - _matmul(beta, found.T)
+    rest = h - matmul(wide.T, beta)
+    df = matmul(alpha, rest.T) - matmul(beta, found.T)
     return df.astype(f.dtype), beta.astype(y.dtype), -jnp.sum(beta * alpha)
 
 
@@ -88,7 +109,7 @@ def _primal(
     f: jax.Array, y: jax.Array, lam: jax.Array, bias: bool, solve_dtype: Any
 ) -> tuple[Pair, Any]:
     wide, target = f.astype(solve_dtype), y.astype(solve_dtype)
-    gram, right = _matmul(wide.T, wide), _matmul(wide.T, target)
+    gram, right = matmul(wide.T, wide), matmul(wide.T, target)
     if bias:
         ones = wide.sum(0)
         gram = jnp.block(
@@ -105,9 +126,9 @@ def _primal_vjp(bias: bool, kept: Any, h: jax.Array, h_bias: jax.Array) -> Three
     wide = f.astype(factor.dtype)
     right = (jnp.concatenate([h, h_bias[None]]) if bias else h).astype(factor.dtype)
     middle, middle_bias = _split(cho_solve((factor, True), right), bias)
-    rest = y.astype(factor.dtype) - _matmul(wide, found) - offset
-    dy = _matmul(wide, middle) + middle_bias
-    df = _matmul(rest, middle.T) - _matmul(dy, found.T)
+    rest = y.astype(factor.dtype) - matmul(wide, found) - offset[None]
+    dy = matmul(wide, middle) + middle_bias[None]
+    df = matmul(rest, middle.T) - matmul(dy, found.T)
     dlam = -jnp.sum(middle * found) - jnp.sum(middle_bias * offset)
     return df.astype(f.dtype), dy.astype(y.dtype), dlam
 
@@ -120,7 +141,7 @@ def _svd(
         full = jnp.concatenate([full, jnp.ones_like(full, shape=(len(f), 1))], axis=1)
     u, s, v = _thin_svd(full)
     target = y.astype(solve_dtype)
-    found = _matmul(v, (s / (s**2 + lam))[:, None] * _matmul(u.T, target))
+    found = matmul(v, (s / (s**2 + lam))[:, None] * matmul(u.T, target))
     return _rounded(_split(found, bias), f), (f, y, u, s, v, lam, found)
 
 
@@ -129,17 +150,17 @@ def _svd_vjp(bias: bool, kept: Any, h: jax.Array, h_bias: jax.Array) -> Three:
     full = (jnp.concatenate([h, h_bias[None]]) if bias else h).astype(u.dtype)
     target = y.astype(u.dtype)
     inverse, share = 1 / (s**2 + lam), s**2 / (s**2 + lam)
-    seen, known = _matmul(v.T, full), _matmul(u.T, target)
-    dy = _matmul(u, (s * inverse)[:, None] * seen)
+    seen, known = matmul(v.T, full), matmul(u.T, target)
+    dy = matmul(u, (s * inverse)[:, None] * seen)
     if u.shape[0] == u.shape[1]:  # m <= D, the dual's formulas
-        alpha = _matmul(u, inverse[:, None] * known)
-        left = full - _matmul(v, share[:, None] * seen)
-        df = _matmul(alpha, left.T) - _matmul(dy, found.T)
+        alpha = matmul(u, inverse[:, None] * known)
+        left = full - matmul(v, share[:, None] * seen)
+        df = matmul(alpha, left.T) - matmul(dy, found.T)
         dlam = -jnp.sum(dy * alpha)
     else:
-        rest = target - _matmul(u, share[:, None] * known)
-        middle = _matmul(v, inverse[:, None] * seen)
-        df = _matmul(rest, middle.T) - _matmul(dy, found.T)
+        rest = target - matmul(u, share[:, None] * known)
+        middle = matmul(v, inverse[:, None] * seen)
+        df = matmul(rest, middle.T) - matmul(dy, found.T)
         dlam = -jnp.sum(middle * found)
     df = df[:, :-1] if bias else df
     return df.astype(f.dtype), dy.astype(y.dtype), dlam.astype(lam.dtype)
@@ -153,11 +174,11 @@ def _thin_svd(full: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     if full.shape[0] <= full.shape[1]:
         q, r = jnp.linalg.qr(full.T)
         u, s, vt = jnp.linalg.svd(r.T)
-        v = _matmul(q, vt.T)
+        v = matmul(q, vt.T)
     else:
         q, r = jnp.linalg.qr(full)
         u, s, vt = jnp.linalg.svd(r)
-        u, v = _matmul(q, u), vt.T
+        u, v = matmul(q, u), vt.T
     noise = 8 * float(jnp.finfo(full.dtype).eps) * s[0]
     return u, jnp.where(s > noise, s, 0), v
 

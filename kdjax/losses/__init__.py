@@ -29,8 +29,10 @@ from kdjax.losses._logits import (
     soft_label_kl,
     standardize_logits,
 )
+from kdjax.losses._self_supervised import barlow_twins, nt_xent
 
 __all__ = [
+    "barlow_twins",
     "center",
     "correlation_distance",
     "correlation_log_sum",
@@ -47,6 +49,7 @@ __all__ = [
     "logit_mse",
     "margin",
     "nkd",
+    "nt_xent",
     "pool",
     "reverse_kl",
     "soft_cross_entropy",

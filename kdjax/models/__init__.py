@@ -22,6 +22,7 @@ from kdjax.models.bottleneck_resnet import BottleneckResNet, resnet34, resnet50
 from kdjax.models.convnet import ConvNet
 from kdjax.models.mlp import MLP
 from kdjax.models.mobilenetv2 import MobileNetV2, mobilenetv2_half
+from kdjax.models.pooled_convnet import PooledConvNet
 from kdjax.models.resnet import (
     ResNet,
     cifar_resnet,
@@ -55,6 +56,7 @@ BY_NAME: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
         "mlp_small": lambda num_classes: MLP(num_classes, features=(64,)),
         "convnet": ConvNet,
         "convnet_small": lambda num_classes: ConvNet(num_classes, widths=(8, 16)),
+        "pooled_convnet": lambda num_classes: PooledConvNet(num_classes),
         "resnet8": resnet8,
         "resnet14": resnet14,
         "resnet20": resnet20,
@@ -87,6 +89,7 @@ __all__ = [
     "BottleneckResNet",
     "ConvNet",
     "MobileNetV2",
+    "PooledConvNet",
     "PreActResNet",
     "ResNet",
     "ShuffleNet",
