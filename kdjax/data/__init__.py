@@ -12,6 +12,7 @@ them: every function of ``kdjax.augment`` does so first, ``kdjax.augment.to_floa
 
 from kdjax.data._batches import Batches
 from kdjax.data._dataset import Dataset, Split
+from kdjax.data._joined import Joined, joined
 from kdjax.data._prefetch import Prefetch, prefetch
 from kdjax.data._sources import arrays, digits, npz
 from kdjax.data._stored import StoredOutputs, store_outputs, stored_outputs
@@ -20,11 +21,13 @@ from kdjax.data._tfds import tfds
 __all__ = [
     "Batches",
     "Dataset",
+    "Joined",
     "Prefetch",
     "Split",
     "StoredOutputs",
     "arrays",
     "digits",
+    "joined",
     "npz",
     "prefetch",
     "store_outputs",
