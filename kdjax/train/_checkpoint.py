@@ -26,6 +26,7 @@ from kdjax.train import _trees
 # Written when a checkpoint is complete; a file of another size means that it was cut or mixed up.
 _SIZES = "sizes.json"
 _RECORD = "record"
+_SAVED_AT = "saved at step"
 
 
 class Checkpoints:
@@ -175,7 +176,8 @@ class Checkpoints:
             **{_RECORD: ocp.args.JsonSave(record)},
         )
         # Orbax answers False, and writes nothing, for a step that isn't above all others.
-        if not self._manager.save(step, args=args, metrics=None if self._best is None else metrics):
+        ranked = None if self._best is None else {**metrics, _SAVED_AT: step}
+        if not self._manager.save(step, args=args, metrics=ranked):
             raise ValueError(
                 f"checkpoint {self.folder} already holds step {self.latest()}, so step {step} was "
                 "not saved; another run may be writing to the same folder."
@@ -267,8 +269,12 @@ def _options(keep: int, best: tuple[str, str] | None, write: bool) -> ocp.Checkp
     else:
         name, mode = best
 
-        def value(metrics: Mapping[str, float]) -> float:
-            return metrics.get(name, float("-inf") if mode == "max" else float("inf"))
+        def value(metrics: Mapping[str, float]) -> tuple[float, float]:
+            # Of equal values the first one counts, which orbax, left alone, would not keep.
+            at = metrics.get(_SAVED_AT, 0)
+            if mode == "max":
+                return metrics.get(name, float("-inf")), -at
+            return metrics.get(name, float("inf")), at
 
         policy = checkpoint_managers.AnyPreservationPolicy(
             [

@@ -175,6 +175,17 @@ def test_latest_and_best_are_kept(tmp_path, best, mode):
     assert int(kd.train.restore(tmp_path, tiny.start()).step) == 24
 
 
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_first_of_equal_results_is_the_best(tmp_path, mode):
+    def evaluate(state):
+        return {"score": 0.5}
+
+    options = {"evaluate": evaluate, "eval_every": 2, "save_every": 2, "keep": 1}
+    tiny.run(tmp_path, 6, best=("score", mode), **options)
+    assert int(kd.train.restore(tmp_path, tiny.start(), step="best").step) == 2
+    assert int(kd.train.restore(tmp_path, tiny.start()).step) == 6
+
+
 def test_best_that_says_nothing_about_its_direction(tmp_path):
     options = {"evaluate": lambda state: {"score": 1.0}}
     with pytest.raises(ValueError, match="best must say which way is better"):
