@@ -1,8 +1,6 @@
 """``python -m kdjax`` is the command ``kdjax``."""
 
-import sys
-
-from kdjax.cli import main
+from kdjax.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -177,7 +177,7 @@ def rectify(
     Raises:
         TypeError: ``teacher_logits`` are not floating point or ``labels`` not integers.
         ValueError: shapes do not fit, a number out of its range, or a label outside -1 .. C-1
-            (inside jit, where labels have no values yet, such a row is NaN).
+            (inside jit, where labels and ``mix`` have no values yet, such rows are NaN).
 
     Example:
         >>> import jax.numpy as jnp
@@ -200,11 +200,14 @@ def rectify(
     labels = _checks.integer("labels", labels)
     _checks.shape("labels", labels, z.shape[:-1], "(one per row of teacher_logits)")
     scale = _scalar("temperature", temperature, z, above=0)
+    scale = jnp.maximum(scale, jnp.finfo(z.dtype).tiny)  # which less is flushed to 0
     most = jnp.asarray(_checks.number("mix", mix, low=0, high=1), z.dtype)
     hot = smooth(labels, z.shape[-1], smoothing=jnp.zeros((), z.dtype))
-    p = jax.nn.softmax(z / scale)
+    top = jax.lax.stop_gradient(z.max(axis=-1, keepdims=True))
+    p = jax.nn.softmax((z - top) / scale)  # shifted first: a low temperature would overflow
     # The probability of the label by a gather: no argmax, so that ties need no care.
     at_label = jnp.take_along_axis(p, labels.astype(jnp.int32)[:, None], axis=-1, mode="clip")
+    most = jnp.where((most >= 0) & (most <= 1), most, jnp.nan)  # of a schedule, inside jit
     share = jnp.clip(most - (jnp.max(p, axis=-1, keepdims=True) - at_label), 0, 1)
     rows = jnp.where(labels[:, None] == -1, 0, share * p + (1 - share) * hot)
     return jax.lax.stop_gradient(rows)

@@ -4,6 +4,9 @@ Images are floating point in [0, 1]: the mean and standard deviation of a data s
 the model, so that ``eps`` is in units of pixels. Every attack keeps 0 <= x_adv <= 1 and
 ||x_adv - x|| <= eps, and draws per image: from one key by the image's place in the batch, or from
 a key for each image, so that results do not depend on how a data set is cut into batches.
+
+All but `auto_attack`, `evaluate` and `gradient_masking`, which drive whole data sets from the host,
+are for use inside `jax.jit`: called by themselves they are compiled anew every time.
 """
 
 from kdjax.attacks._apgd import Apgd, apgd, apgd_targeted

@@ -120,6 +120,7 @@ def apgd(
     steps = _checks.count("steps", steps, low=0)
     restarts, samples = _checks.count("restarts", restarts), _checks.count("samples", samples)
     eps = _inputs.size("eps", eps, x)
+    _inputs.check_radius(eps, norm)
     rho = jnp.asarray(_checks.number("rho", rho, low=0, high=1), x.dtype)
     if not callable(loss):
         raise TypeError(

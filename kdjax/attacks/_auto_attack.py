@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from kdjax import _checks
 from kdjax.attacks import _auto_attack_plan as plans
 from kdjax.attacks import _batches, _inputs
-from kdjax.attacks._auto_attack_progress import Bar, Checkpoint, Progress, about
+from kdjax.attacks._auto_attack_progress import Bar, Checkpoint, Progress, about, weights
 from kdjax.attacks._square import square
 
 _MOST_AT_ONCE = 256
@@ -154,8 +154,9 @@ def auto_attack(
     given = _images(x, batch_size or _MOST_AT_ONCE)
     classes = np.asarray(_inputs.class_labels(labels, len(given)))
     radius = _inputs.size("eps", eps, jnp.asarray(given[:0]))
+    _inputs.check_radius(radius, norm)
     if "square" in names:
-        _check_square(given, norm, radius)
+        check_square(given, norm, radius)
 
     run = _Run(model, given, classes, radius, key, version == plans.RAND, _sizes(batch_size, given))
     logits, correct, changes = run.clean()
@@ -175,7 +176,9 @@ def auto_attack(
         "eps": float(radius), "norm": norm, "version": version, "attacks": ",".join(names),
         "targets": targets, "steps": steps, "queries": queries,
     }  # fmt: skip
-    identity = {} if checkpoint is None else about(given, classes, key, settings)
+    identity = {}
+    if checkpoint is not None:
+        identity = about(given, classes, key, {**settings, "weights": weights(model)})
     file = Checkpoint(checkpoint, identity, logits)
     file.load(state)
     run.attack(plan, logits, state, file, Bar(plan, state, show=progress))
@@ -299,8 +302,13 @@ def _try_square(x: jax.Array, eps: jax.Array, norm: str) -> Any:
     return square(none, x, labels, eps=eps, norm=norm, queries=0, key=key)
 
 
-def _check_square(x: np.ndarray, norm: str, eps: jax.Array) -> None:
+def check_square(x: np.ndarray, norm: str, eps: jax.Array) -> None:
     """Its own checks of the images' shape, before hours of the other attacks."""
+    if x.ndim != 4:
+        raise ValueError(
+            "x must be images [N, H, W, C] for the attack square, got "
+            f"{_checks.describe(x)}: reshape them, or leave it out (attacks=('apgd_ce', ...))."
+        )
     jax.eval_shape(functools.partial(_try_square, norm=norm), x[:1], eps)
 
 
@@ -313,8 +321,9 @@ def _warn_about_model(changes: bool, vanishing: float) -> None:
         )
     if vanishing:
         warnings.warn(
-            f"the gradient of the DLR loss by the image is zero for {100 * vanishing:.3g} % of the "
-            "images that were looked at: gradients are masked, and attacks that need them fail.",
+            "the gradient of the DLR loss by the image is zero or not finite for "
+            f"{100 * vanishing:.3g} % of the images that were looked at: gradients are masked, "
+            "and attacks that need them fail.",
             stacklevel=3,
         )
 

@@ -184,7 +184,7 @@ def look(
 
 @functools.partial(jax.jit, static_argnums=0)
 def dlr_vanishes(randomised: bool, logits_fn: Partial, batch: Batch, key: jax.Array) -> jax.Array:
-    """[b] bool: the difference of logits ratio has a gradient of 0 at the image."""
+    """[b] bool: the difference of logits ratio has no gradient at the image to follow."""
     keys = _keys(key, batch.place, jnp.int32(CLEAN), jnp.int32(0))
     model = _drawing(logits_fn, keys) if randomised else logits_fn
 
@@ -192,7 +192,8 @@ def dlr_vanishes(randomised: bool, logits_fn: Partial, batch: Batch, key: jax.Ar
         return losses.dlr(_inputs.logits(model, x), batch.labels).sum()
 
     gradient = jax.grad(summed)(batch.x)
-    return (gradient == 0).reshape(len(gradient), -1).all(axis=-1)
+    useless = (gradient == 0) | ~jnp.isfinite(gradient)
+    return useless.reshape(len(gradient), -1).all(axis=-1)
 
 
 def checking(stage: Stage) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -91,7 +92,7 @@ class Checkpoint:
             about = json.loads(str(arrays["about"]))
             if about.pop("format") != _FORMAT:
                 raise ValueError("of another format")
-        except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"checkpoint must be a file that auto_attack has written, got {self._path}."
             ) from error
@@ -172,6 +173,19 @@ def about(
     drawn = f"{jax.random.key_impl(key)} {data.tolist()}"
     given = {"images": _digest(x), "labels": _digest(labels), "key": drawn}
     return {**given, **{name: str(value) for name, value in settings.items()}}
+
+
+def weights(model: Any) -> str:
+    """A digest of the arrays that a Partial holds; none for a function that closes over its own."""
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(model)
+        if hasattr(x, "dtype")
+    ]
+    found = hashlib.blake2b(digest_size=16)
+    for x in leaves:
+        found.update(_digest(np.asarray(x)).encode())
+    return found.hexdigest() if leaves else "in the function"
 
 
 def _digest(values: np.ndarray) -> str:

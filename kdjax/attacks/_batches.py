@@ -95,6 +95,7 @@ def ball(eps: Any, step_size: Any, norm: str) -> Ball:
     """The checked radius; a step of a quarter of it unless given."""
     norm = _inputs.norm(norm)
     eps = jnp.asarray(_checks.number("eps", eps, low=0), float)
+    _inputs.check_radius(eps, norm)
     step_size = eps / 4 if step_size is None else _checks.number("step_size", step_size, low=0)
     return Ball(eps, jnp.asarray(step_size, float), norm)
 

@@ -100,7 +100,8 @@ def fab(
 
     Returns:
         A ``Fab`` of ``x_adv``, ``robust``, ``distance`` and ``x_closest``. An image at which, or
-        within eps of which, the attack met logits or gradients that are not finite is not robust.
+        within eps of which, the attack met logits that are not finite is not robust. A gradient
+        that isn't finite gives no direction: the search stays where it is.
 
     Raises:
         TypeError: ``x`` is not floating point, ``labels`` or ``targets`` are not integers,
@@ -225,12 +226,13 @@ def _step(
     weights: _Weights,
 ) -> _Search:
     z, gap, w = _boundary(model, at.x, y, targets, norm)
-    finite = jnp.isfinite(z).all(axis=-1) & jnp.isfinite(gap) & jnp.isfinite(w).all(axis=-1)
+    known = jnp.isfinite(z).all(axis=-1) & jnp.isfinite(gap)
+    finite = known & jnp.isfinite(w).all(axis=-1)
     # Only starts are checked with these logits. Points that were moved back are not, though it
     # would cost nothing: the published attack doesn't, and distances should be its distances.
     at = _keep(at, at.x, x, first & ~_inputs.correct(z, y), norm)
     here = _length(at.x - x, norm)[:, 0]
-    at = at._replace(broken=jnp.where(finite, at.broken, jnp.minimum(at.broken, here)))
+    at = at._replace(broken=jnp.where(known, at.broken, jnp.minimum(at.broken, here)))
 
     # Where there is no boundary to be had, the zero hyperplane leaves the point where it is.
     w, gap = jnp.where(finite[:, None], w, 0), jnp.where(finite, gap, 0)

@@ -73,6 +73,8 @@ def pgd(
     first, then clipping to [0, 1]. The gradient is that of the sum over the images, so that it
     does not depend on the batch.
 
+    Inside jit, values are not checked: images that were normalised go through unnoticed there.
+
     The last iterate is what training uses; for evaluation ``best`` is never weaker, and
     `auto_attack` stronger than both.
 
@@ -186,6 +188,7 @@ def stateful_pgd(
     norm = _inputs.norm(norm)
     steps = _checks.count("steps", steps, low=0)
     eps, step_size = _inputs.size("eps", eps, x), _inputs.size("step_size", step_size, x)
+    _inputs.check_radius(eps, norm)
     start = _start(x, eps, norm, key, noise)
 
     def summed(images: jax.Array, state: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
@@ -196,8 +199,8 @@ def stateful_pgd(
     def step(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
         images, state, record = carry
         gradient, (found, state) = jax.grad(summed, has_aux=True)(images, state)
-        record = _larger(record, found, images) if best else record
-        images = _step(images, gradient.astype(x.dtype), x, eps, step_size, norm)
+        record = _larger(record, found.astype(x.dtype), images) if best else record
+        images = _step(images, known(gradient, x), x, eps, step_size, norm)
         return (images, state, record), None
 
     record: Any = (
@@ -211,7 +214,7 @@ def stateful_pgd(
     if not best:
         return images, state
     found, state = loss_fn(images, state)
-    return _larger(record, _inputs.values(found, x), images)[1], state
+    return _larger(record, _inputs.values(found, x).astype(x.dtype), images)[1], state
 
 
 def _check_callable(loss_fn: Any) -> None:
@@ -262,6 +265,11 @@ def _step(
         return into_box(images + step_size * jnp.sign(gradient), x, eps)
     moved = images - x + step_size * gradient / (l2_norm(gradient) + 1e-10)
     return clip01(x + within(moved, eps))
+
+
+def known(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """The gradient in the images' dtype, 0 where it isn't finite: there is no way to go."""
+    return jnp.where(jnp.isfinite(gradient), gradient, 0).astype(x.dtype)
 
 
 def within(d: jax.Array, eps: jax.Array) -> jax.Array:

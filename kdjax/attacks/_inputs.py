@@ -66,6 +66,15 @@ def size(name: str, value: Any, like: jax.Array) -> jax.Array:
     return jnp.asarray(_checks.number(name, value, low=0), like.dtype)
 
 
+def check_radius(eps: Any, norm: str) -> None:
+    """Refuses a radius that is larger than the range of images: 8, say, for 8/255."""
+    if norm == LINF and not _checks.is_traced(eps) and float(eps) > 1:
+        raise ValueError(
+            f"eps must be at most 1 for images in [0, 1] and the norm linf, got {float(eps):g}; "
+            "did you mean that many 255ths?"
+        )
+
+
 def keys(key: jax.Array, count: int) -> jax.Array:
     """[B] typed keys, one per image: of one key, by the image's place, or as given.
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from kdjax import _checks, augment, metrics
 from kdjax.attacks import _batches
-from kdjax.attacks._auto_attack import auto_attack
+from kdjax.attacks._auto_attack import auto_attack, check_square
 from kdjax.attacks._batches import ATTACKS, Batch, Split
 from kdjax.attacks._geometry import clip01
 from kdjax.attacks._report_store import Store
@@ -101,7 +101,7 @@ def evaluate(
         validation: held-out (images, labels), on whose clean and attacked logits the temperatures
             are fitted. None leaves scaling out.
         corruptions: True for the corruptions of ``augment.corruptions(3)``, False for none, or
-            name -> ``(key, images [B, H, W, C]) -> images``.
+            name -> ``(keys [B], images [B, H, W, C]) -> images``, one key per image.
         checkpoint: folder in which a killed evaluation leaves what it has; the same call again
             continues. None keeps nothing.
         progress: whether to show a bar (on a terminal).
@@ -140,11 +140,13 @@ def evaluate(
     keep = _checks.count("keep", keep, low=0, high=len(rows.x))
     held = None if validation is None else _held_out(validation, rows.size)
     functions = _functions(corruptions, rows)
+    if auto:  # which comes last, and must not fail then
+        check_square(rows.x, around.norm, around.eps)
     with _Bar(rows, held, len(functions), show=progress).closing() as bar:
         clean = bar.collect("clean", rows, lambda batch: _batches.logits_of(model, batch.x))
         _batches.check_logits(clean, rows)
         if checkpoint is not None:
-            bar.store = Store(checkpoint, rows, held, clean, key, around)
+            bar.store = Store(checkpoint, rows, held, clean, key, around, model)
         logits = {"clean": clean}
         for name in ATTACKS:
             work = _batches.under_attack(model, keys.attack, around, name)
@@ -245,13 +247,23 @@ def _functions(corruptions: Any, rows: Split) -> dict[str, Partial]:
     chosen = augment.corruptions(_SEVERITY) if corruptions is True else corruptions
     if not isinstance(chosen, Mapping) or not all(map(callable, chosen.values())):
         raise TypeError(
-            "corruptions must be True, False or a dict of name -> function of (key, images), got "
+            "corruptions must be True, False or a dict of name -> function of (keys, images), got "
             f"{_checks.describe(corruptions)}."
         )
-    return {
+    found = {
         name: value if isinstance(value, Partial) else Partial(value)
         for name, value in chosen.items()
     }
+    one = jax.random.split(jax.random.key(0), 1), jnp.asarray(rows.x[:1])
+    for name, value in found.items():  # before hours of attacks
+        try:
+            jax.eval_shape(value, *one)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"corruptions[{name!r}] must take (keys, images), one key per image, but failed: "
+                f"{error}"
+            ) from error
+    return found
 
 
 def _fitted(

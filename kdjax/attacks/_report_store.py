@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax.attacks._auto_attack_progress import about
+from kdjax.attacks._auto_attack_progress import about, weights
 from kdjax.attacks._batches import Ball, Split
 
 _SAVE_SECONDS = 10
@@ -29,8 +29,10 @@ class Store:
         clean: np.ndarray,
         key: jax.Array,
         around: Ball,
+        model: Any,
     ) -> None:
         settings = {"eps": float(around.eps), "norm": around.norm, "step": float(around.step_size)}
+        settings["weights"] = weights(model)
         self._about = about(rows.x, rows.labels, key, settings)
         if held is not None:
             other = about(held.x, held.labels, key, {})

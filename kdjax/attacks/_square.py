@@ -138,6 +138,7 @@ def square(
     if not isinstance(rescale, bool):
         raise TypeError(f"rescale must be True or False, got {_checks.describe(rescale)}.")
     eps = _inputs.size("eps", eps, x)
+    _inputs.check_radius(eps, norm)
     p_init = jnp.asarray(_checks.number("p_init", p_init, above=0, high=1), x.dtype)
     first_draws, window_draws = _randomness(x, norm, queries, key, draws)
 

@@ -136,6 +136,7 @@ def stateful_trades_attack(
     norm = _inputs.norm(norm)
     steps = _checks.count("steps", steps, low=0)
     eps = _inputs.size("eps", eps, x)
+    _inputs.check_radius(eps, norm)
     step_size = 2 * eps / max(steps, 1) if step_size is None else step_size
     step_size = _inputs.size("step_size", step_size, x)
     if (key is None) == (noise is None):
@@ -156,7 +157,7 @@ def stateful_trades_attack(
     def step(carry: tuple[jax.Array, Tree], _: None) -> tuple[tuple[jax.Array, Tree], None]:
         images, state = carry
         gradient, state = jax.grad(divergence, has_aux=True)(images, state)
-        gradient = gradient.astype(x.dtype)
+        gradient = _gradient.known(gradient, x)
         if norm == _inputs.LINF:
             return (into_box(images + step_size * jnp.sign(gradient), x, eps), state), None
         # Where there is no gradient, any direction is as good: that of the start.

@@ -8,12 +8,36 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 from kdjax.cli._errors import explained
 
 _PACKAGES = ("tyro", "rich", "matplotlib")
+
+
+def console() -> None:
+    """The command as a process: `main`, and an end that an interruption can't spoil."""
+    sys.unraisablehook = _again
+    code = main()
+    if code == 130:
+        # What was to be saved is saved. Threads of the compiler and of the checkpoint library that
+        # are still at work would crash an orderly end of the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _again(fault: Any) -> None:
+    """Ctrl-C in a callback of the garbage collector would be printed and lost: sends it again."""
+    if fault.exc_type is not None and issubclass(fault.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(fault)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

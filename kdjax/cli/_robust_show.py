@@ -30,6 +30,10 @@ _CHECKS = {
 }
 
 
+# Images, of all seeds, from which on a difference under AutoAttack says something.
+_FEW = 200
+
+
 def report(found: robust.Report, out: Path, figures: Sequence[Path | None]) -> None:
     """Prints the tables of a comparison and where its files are.
 
@@ -85,11 +89,14 @@ def gains(found: robust.Report) -> list[str]:
                 )
                 if before is not None and after is not None:
                     gain = measures.gain(before.values, after.values)
-                    parts.append(f"{_points(gain)} under {attack} at the {when} epoch")
+                    images = found.settings["auto_attack"] * len(found.seeds)
+                    few = attack == "AutoAttack" and images < _FEW
+                    doubt = f" (on {images} images: mostly noise)" if few else ""
+                    parts.append(f"{_points(gain)} under {attack} at the {when} epoch{doubt}")
         sentences.append(
             f"{robust.METHODS[name]} over {robust.METHODS[first]}, student, in points: "
             + ", ".join(parts)
-            + ("; paired by seed." if len(found.seeds) > 1 else ".")
+            + ("; paired by seed." if len(found.seeds) > 1 else "; one seed can't tell.")
         )
     return sentences
 

@@ -96,7 +96,10 @@ def read(folder: str | os.PathLike[str], *, argument: str = "checkpoint") -> dic
             str(found.parent.relative_to(folder)) for found in folder.glob(f"**/{MANIFEST}")
         )
         hint = f"; it holds the runs {', '.join(inner)}" if inner else ""
-        raise ValueError(f"{argument} must be a folder with {MANIFEST}, got {folder}{hint}.")
+        raise ValueError(
+            f"{argument} must be a folder with {MANIFEST}, which the command line writes, got "
+            f"{folder}{hint}."
+        )
     return read_json(file)
 
 

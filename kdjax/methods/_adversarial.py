@@ -77,17 +77,16 @@ def build(
 
     def init(key: jax.Array, batch: Batch, frozen: Tree = None) -> tuple[Tree, Tree]:
         if augment is not None:  # which may change shapes and entries
-            shapes = jax.eval_shape(augment, key, batch)
-            batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        else:
-            _check_values(student, finite_padding(batch))
+            batch = augment(key, batch)
+        batch = finite_padding(batch)
         params, extra = student.init(key, student.read(batch))
+        _check_values(student, (params, extra), batch)
         if teacher is not None:
             check_variables(teacher, frozen, batch)
             jax.eval_shape(lambda v, b: teach(teacher, v, b), frozen, batch)
         kept = {"student": extra}
         if ema_decay is not None:
-            kept["ema"] = jax.tree.map(jnp.copy, {"params": params, "extra": extra})
+            kept["ema"] = jax.tree.map(_average_of, {"params": params, "extra": extra})
         return {"student": params}, kept
 
     def prepare(
@@ -167,15 +166,19 @@ def _without_padding_labels(batch: Batch) -> Batch:
         return batch
     counts = jnp.asarray(batch["weight"]) > 0
     _checks.shape("batch['label']", label, counts.shape, "as batch['weight']")
+    if label.dtype != jnp.int64:  # -1 is not in every type
+        label = label.astype(jnp.int32)
     return {**batch, "label": jnp.where(counts, label, -1)}
 
 
-def _check_values(student: Model, batch: Batch) -> None:
+def _check_values(student: Model, variables: tuple[Tree, Tree], batch: Batch) -> None:
     """Refuses images and labels that an update, which is traced, couldn't see to be wrong."""
     images, label = jnp.asarray(student.read(batch)), jnp.asarray(batch.get("label", 0))
     if any(_checks.is_traced(x) or not x.is_fully_addressable for x in (images, label)):
         return
     attack_inputs.images(images)
+    if "index" in batch:
+        _checks.shape("batch['index']", batch["index"], images.shape[:1], "(one per image)")
     if jnp.issubdtype(label.dtype, jnp.floating):
         mass = label.sum(-1)
         if not bool(((label >= 0).all(-1) & ((jnp.abs(mass - 1) <= 1e-4) | (mass == 0))).all()):
@@ -184,6 +187,24 @@ def _check_values(student: Model, batch: Batch) -> None:
                 f"without a label, got sums from {mass.min():.4g} to {mass.max():.4g} and values "
                 f"from {label.min():.4g}."
             )
+        return
+    logits = jax.eval_shape(lambda v, x: student.apply(*v, x, train=False)[0], variables, images)
+    if "label" in batch and "logits" in logits:
+        most = logits["logits"].shape[-1]
+        known = label if "weight" not in batch else label[jnp.asarray(batch["weight"]) > 0]
+        wrong = known[(known.astype(jnp.int32) < -1) | (known.astype(jnp.int32) >= most)]
+        if wrong.size:
+            raise ValueError(
+                f"batch['label'] must hold class indices from 0 to {most - 1}, or -1 for "
+                f"unlabelled rows, got {wrong[0]}."
+            )
+
+
+def _average_of(x: jax.Array) -> jax.Array:
+    """The start of an average: a copy, in which a half-precision average wouldn't stand still."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.copy(x)
+    return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
 
 
 def averaged(average: Tree, now: Tree, decay: Any) -> Tree:
@@ -193,7 +214,7 @@ def averaged(average: Tree, now: Tree, decay: Any) -> Tree:
         if not jnp.issubdtype(a.dtype, jnp.floating):
             return b
         share = jnp.asarray(decay, a.dtype)
-        return share * a + (1 - share) * b
+        return share * a + (1 - share) * b.astype(a.dtype)
 
     return jax.tree.map(one, average, now)
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 from kdjax import _checks, _mesh_axis, attacks
 from kdjax._pairs import Batch, Model, Schedule, Tree
+from kdjax.attacks import _inputs as attack_inputs
 
 Number = float | jax.Array | Schedule
+# Folded into the attack's key; images fold their index, which is never so large.
+_DROPOUT = 2**32 - 1
 MODES = ("eval", "batch_frozen", "batch_update")
 
 
@@ -52,13 +55,24 @@ def inner(
     random_start: bool = True,
     attack_mode: str = "eval",
     unroll: bool | None = None,
+    **unknown: Any,
 ) -> Inner:
     """Checked options of the attack."""
+    if unknown:
+        raise TypeError(
+            f"{next(iter(unknown))} is no option of this method; those of its attack are eps, "
+            "step_size, steps, norm, random_start, attack_mode and unroll."
+        )
     checked("eps", eps, low=0)
+    if not callable(eps):
+        attack_inputs.check_radius(eps, norm)
     checked("step_size", step_size, low=0)
     _checks.count("steps", steps, low=0)
     _checks.choice("norm", norm, ("linf", "l2"))
     _checks.choice("attack_mode", attack_mode, MODES)
+    for name, value in (("random_start", random_start), ("unroll", unroll)):
+        if not isinstance(value, bool) and not (name == "unroll" and value is None):
+            raise TypeError(f"{name} must be True or False, got {_checks.describe(value)}.")
     return Inner(eps, step_size, steps, norm, random_start, attack_mode, unroll)
 
 
@@ -123,14 +137,17 @@ def _attacked(student: Model, inner: Inner, call: Call) -> tuple[Callable[..., A
     moves = inner.mode == "batch_update"
     if moves and call.axis_name is not None and _mesh_axis.tracks(call.axis_name):
         extra = _mesh_axis.vary(extra, call.axis_name)  # a loop's state varies from the start
+    # One draw of dropout for all steps of the attack; of its own, and another on every device.
+    key = jax.random.fold_in(call.key, _DROPOUT)
+    if call.axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(call.axis_name))
 
     def apply(x: jax.Array, state: Tree) -> tuple[jax.Array, Tree]:
         if moves:
-            outputs, state = student.apply(params, state, x, train=True, key=call.key)
+            outputs, state = student.apply(params, state, x, train=True, key=key)
         else:
             train = inner.mode == "batch_frozen"
-            key = call.key if train else None
-            outputs, _ = student.apply(params, extra, x, train=train, key=key)
+            outputs, _ = student.apply(params, extra, x, train=train, key=key if train else None)
         return outputs["logits"], state
 
     return apply, extra if moves else ()

@@ -408,6 +408,11 @@ def _check_reads_images(student: Model, teacher: Model, *, alone: bool = False) 
             "student must read one entry of the batch (inputs='image'), as the teacher is given "
             f"the attacked images there, got {_checks.describe(student.inputs)}."
         )
+    if isinstance(teacher.inputs, str) and teacher.inputs != student.inputs:
+        raise ValueError(
+            f"teacher must read the batch entry {student.inputs!r} as the student does, as it is "
+            f"given the attacked images there, got a teacher that reads {teacher.inputs!r}."
+        )
     if teacher.inputs is _teachers.whole_batch:
         raise ValueError(
             "teacher must be a network, as it is run on attacked images; stored outputs "

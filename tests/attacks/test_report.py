@@ -229,7 +229,7 @@ def test_killed_and_continued(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"evaluation.npz"}
     for wrong, message in (
         ({"eps": 0.1}, "eps"), ({"key": KEY}, "key"), ({"validation": None}, "validation"),
-        ({"model": Partial(apply, jax.tree.map(lambda w: 2 * w, PARAMS))}, "the model"),
+        ({"model": Partial(apply, jax.tree.map(lambda w: 2 * w, PARAMS))}, "weights"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^checkpoint must be of this.*\(.*{message}"):
             evaluate(**{**settings, **wrong})
