@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdjax import _checks
-from kdjax.cli import _data
 from kdjax.cli._errors import Interrupted
 from kdjax.cli._options import Evaluate, PredictLabels
 
@@ -78,7 +77,8 @@ def predict_labels(options: PredictLabels) -> int:
 
 def _open(options: Evaluate | PredictLabels, split: str) -> tuple[Trained, Dataset]:
     """The models of a checkpoint, and the data asked for or that they were trained on."""
-    from kdjax.experiments import robust, runs, soft_labels
+    from kdjax.cli import _robust
+    from kdjax.experiments import runs
 
     manifest = runs.read(options.checkpoint)
     data, data_dir = options.data, options.data_dir
@@ -89,11 +89,7 @@ def _open(options: Evaluate | PredictLabels, split: str) -> tuple[Trained, Datas
                 f"data must be given: {options.checkpoint} doesn't say what it was trained on."
             )
         data, data_dir = known["data"], known["data_dir"] if data_dir is None else data_dir
-    dataset = _data.load(data, data_dir)
-    if manifest.get("experiment") == "robust":  # which holds out another part of train
-        held_out = manifest.get("robust", {}).get("data", {}).get("validation")
-        dataset = robust.with_validation(dataset, held_out)
-    else:
-        dataset = soft_labels.with_validation(dataset)
+    held_out = manifest.get("robust", {}).get("data", {}).get("validation")
+    dataset = _robust.split(data, data_dir, manifest, held_out)
     _checks.choice("split", split, dataset.splits)
     return runs.load(options.checkpoint, dataset), dataset

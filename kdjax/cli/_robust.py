@@ -127,7 +127,7 @@ def evaluate(options: RobustEvaluate) -> int:
             )
         data, data_dir = known["data"], known["data_dir"] if data_dir is None else data_dir
         held_out = manifest.get("robust", {}).get("data", {}).get("validation")
-    dataset = _split(data, data_dir, manifest, held_out)
+    dataset = split(data, data_dir, manifest, held_out)
     try:
         found = robust.evaluate(
             options.run_folder,
@@ -209,7 +209,7 @@ def _load(data: str, data_dir: str | None) -> Dataset:
     return _data.load(data, data_dir)
 
 
-def _split(
+def split(
     data: str, data_dir: str | None, manifest: dict[str, Any], held_out: int | None
 ) -> Dataset:
     """The data with the validation split that the run was trained without."""

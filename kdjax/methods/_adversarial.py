@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdjax import _checks, labels, losses
 from kdjax._pairs import Batch, Method, Model, Outputs, Part, Tree
@@ -173,15 +174,17 @@ def _without_padding_labels(batch: Batch) -> Batch:
 
 def _check_values(student: Model, variables: tuple[Tree, Tree], batch: Batch) -> None:
     """Refuses images and labels that an update, which is traced, couldn't see to be wrong."""
-    images, label = jnp.asarray(student.read(batch)), jnp.asarray(batch.get("label", 0))
-    if any(_checks.is_traced(x) or not x.is_fully_addressable for x in (images, label)):
+    given = jnp.asarray(student.read(batch)), jnp.asarray(batch.get("label", 0))
+    seen = *given, jnp.asarray(batch.get("weight", 1.0))
+    if any(_checks.is_traced(x) or not x.is_fully_addressable for x in seen):
         return
+    images, label = (np.asarray(x) for x in given)  # known, also inside a jitted init
     attack_inputs.images(images)
     if "index" in batch:
         _checks.shape("batch['index']", batch["index"], images.shape[:1], "(one per image)")
     if jnp.issubdtype(label.dtype, jnp.floating):
         mass = label.sum(-1)
-        if not bool(((label >= 0).all(-1) & ((jnp.abs(mass - 1) <= 1e-4) | (mass == 0))).all()):
+        if not bool(((label >= 0).all(-1) & ((np.abs(mass - 1) <= 1e-4) | (mass == 0))).all()):
             raise ValueError(
                 "batch['label'] must hold probabilities that sum to 1 in each row, or to 0 in rows "
                 f"without a label, got sums from {mass.min():.4g} to {mass.max():.4g} and values "
@@ -191,8 +194,8 @@ def _check_values(student: Model, variables: tuple[Tree, Tree], batch: Batch) ->
     logits = jax.eval_shape(lambda v, x: student.apply(*v, x, train=False)[0], variables, images)
     if "label" in batch and "logits" in logits:
         most = logits["logits"].shape[-1]
-        known = label if "weight" not in batch else label[jnp.asarray(batch["weight"]) > 0]
-        wrong = known[(known.astype(jnp.int32) < -1) | (known.astype(jnp.int32) >= most)]
+        known = label if "weight" not in batch else label[np.asarray(batch["weight"]) > 0]
+        wrong = known[(known.astype(np.int64) < -1) | (known.astype(np.int64) >= most)]
         if wrong.size:
             raise ValueError(
                 f"batch['label'] must hold class indices from 0 to {most - 1}, or -1 for "

@@ -740,7 +740,7 @@ def test_a_stopped_bar_gives_back_the_terminal(stand_ins, kill, key, monkeypatch
         ({"x": np.full((4, 2, 2, 1), np.nan)}, ValueError, r"x must be images in \[0, 1\]"),
         ({"x": np.zeros((4, 2, 2, 1), int)}, TypeError, "x must be floating-point"),
         ({"x": np.zeros((0, 2, 2, 1)), "labels": np.zeros(0, int)}, ValueError, "at least one"),
-        ({"x": np.zeros((4, 4))}, ValueError, "x must have 4 dimensions"),
+        ({"x": np.zeros((4, 4))}, ValueError, r"x must be images \[N, H, W, C\] for the attack"),
         ({"x": None}, TypeError, "x must be an array"),
         ({"norm": "l2"}, ValueError, "x must have at least 3 rows"),
         ({"labels": np.zeros(4)}, TypeError, "labels must be an integer"),
