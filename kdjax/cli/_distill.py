@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdjax import _checks
-from kdjax.cli import _data
+from kdjax.cli import _data, _runs
 from kdjax.cli._errors import Interrupted
 from kdjax.cli._options import Data, Distill, Labels, Run, Student, Teacher
 
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-_RUNS = Path("runs")
 _NAME = "distill"
 
 
 def out_folder(where: Run) -> Path:
     """The folder of the run: the one asked for, a new one, or the newest to resume."""
-    if where.out is not None:
-        return Path(where.out).expanduser()
-    numbers = [
-        int(found[1])
-        for folder in _RUNS.glob(f"{_NAME}-*")
-        if (found := re.fullmatch(rf"{_NAME}-(\d+)", folder.name))
-    ]
-    if where.resume:
-        if not numbers:
-            raise ValueError(f"out must be given to resume: there is no {_RUNS}/{_NAME}-N here.")
-        return _RUNS / f"{_NAME}-{max(numbers)}"
-    return _RUNS / f"{_NAME}-{max(numbers, default=0) + 1}"
+    return _runs.folder(_NAME, where.out, resume=where.resume)
 
 
 def remembered(out: Path) -> Distill | None:
@@ -62,7 +46,7 @@ def run(options: Distill, out: Path) -> int:
     Returns:
       The exit code.
     """
-    mesh = _mesh(options.run.devices)
+    mesh = _runs.mesh(options.run.devices)
     teacher, labels, student = options.teacher, options.labels, options.student
     if not options.run.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
@@ -111,25 +95,3 @@ def _for_later(options: Distill) -> dict[str, Any]:
         found["teacher"][name] = _data.absolute_path(found["teacher"][name])
     found["devices"] = found.pop("run")["devices"]
     return found
-
-
-def _mesh(devices: int) -> Mesh | None:
-    """A mesh of so many devices; on a CPU they are made up where there aren't enough."""
-    _checks.count("devices", devices)
-    if devices == 1:
-        return None
-    import contextlib
-
-    import jax
-
-    from kdjax import parallel
-
-    with contextlib.suppress(RuntimeError):  # jax has started: there are as many as there are
-        jax.config.update("jax_num_cpu_devices", devices)
-    there = jax.devices()
-    if devices > len(there):
-        raise ValueError(
-            f"devices must be at most {len(there)}, the {there[0].platform} devices there are, "
-            f"got {devices}."
-        )
-    return parallel.data_mesh(devices)

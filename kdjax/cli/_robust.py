@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdjax import _checks
-from kdjax.cli import _data, _distill
+from kdjax.cli import _data, _runs
 from kdjax.cli._errors import Interrupted
 from kdjax.cli._options import (
     RobustAttack,
@@ -22,25 +21,13 @@ from kdjax.cli._options import (
 if TYPE_CHECKING:
     from kdjax.data import Dataset
 
-_RUNS = Path("runs")
 _NAME = "robust"
 _ALL = "all"
 
 
 def out_folder(where: RobustRun) -> Path:
     """The folder of the run: the one asked for, a new one, or the newest to resume."""
-    if where.out is not None:
-        return Path(where.out).expanduser()
-    numbers = [
-        int(found[1])
-        for folder in _RUNS.glob(f"{_NAME}-*")
-        if (found := re.fullmatch(rf"{_NAME}-(\d+)", folder.name))
-    ]
-    if where.resume:
-        if not numbers:
-            raise ValueError(f"out must be given to resume: there is no {_RUNS}/{_NAME}-N here.")
-        return _RUNS / f"{_NAME}-{max(numbers)}"
-    return _RUNS / f"{_NAME}-{max(numbers, default=0) + 1}"
+    return _runs.folder(_NAME, where.out, resume=where.resume)
 
 
 def remembered(out: Path) -> RobustTrain | None:
@@ -74,7 +61,7 @@ def train(options: RobustTrain, out: Path) -> int:
     Returns:
       The exit code.
     """
-    mesh = _distill._mesh(options.run.devices)
+    mesh = _runs.mesh(options.run.devices)
     if not options.run.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"out must be a new folder, got {out}, which exists; --resume continues the run in it."
