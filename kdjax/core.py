@@ -28,6 +28,7 @@ from kdjax._pairs import (
     Tree,
 )
 from kdjax._parts import accuracy_of, finite_padding, part_of
+from kdjax._started import started
 from kdjax._teachers import check_variables, ensemble, from_batch, teach
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "from_batch",
     "from_parts",
     "minimize",
+    "started",
 ]
 
 _RESERVED = frozenset({"", "accuracy"})

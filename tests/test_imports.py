@@ -14,7 +14,7 @@ import kdjax
 ROOT = Path(kdjax.__file__).parent
 # What each room may import of kdjax, besides itself. Private modules belong to the room named.
 LEAVES = {"losses", "labels", "schedules", "augment", "metrics"}
-CORE = {"core", "_pairs", "_parts", "_teachers", "_gradients", "_mesh_axis"}
+CORE = {"core", "_pairs", "_parts", "_teachers", "_gradients", "_mesh_axis", "_started"}
 BELOW_CORE = LEAVES | {"attacks", "kernels", "_checks"}
 ALLOWED = {
     "_checks": set(),
