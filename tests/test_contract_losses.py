@@ -66,8 +66,50 @@ def one_side_and_labels(rng):
     return logits(rng)[0], rng.integers(0, 5, (4, 3)).astype(np.int32)
 
 
+def scores(rng):
+    return 2 * rng.standard_normal((4, 2, 3, 3)), 2 * rng.standard_normal((4, 2, 3, 3))
+
+
+def states(rng):
+    return rng.standard_normal((4, 3, 4)), rng.standard_normal((4, 3, 6))
+
+
+def stored_top_k(rng):
+    ids = np.argsort(rng.random((4, 3, 5)), axis=-1)[..., :2].astype(np.int32)
+    return logits(rng)[0], ids, np.log(rng.uniform(0.1, 0.4, (4, 3, 2)))
+
+
+def token_values(rng):
+    return rng.standard_normal((4, 3)), rng.standard_normal((4, 3))
+
+
 TEMPERATURE = {"temperature": (2.0, 3.5)}
 CASES = {
+    "attention_kl": Case(scores, (4, 3), mask=(4,)),
+    "attention_mse": Case(scores, (4,), mask=(4,)),
+    "clipped_policy_loss": Case(
+        lambda rng: (*token_values(rng), rng.standard_normal((4, 3))),
+        (4, 3),
+        {"clip": (0.1, 0.5)},
+        teacher=(1, 2),
+        mask=(4, 3),
+    ),
+    "cosine_distance": Case(logits, (4, 3), {"eps": (0.1, 2.0)}, mask=(4, 3)),
+    "hidden_mse": Case(logits, (4, 3), mask=(4, 3)),
+    "next_token_cross_entropy": Case(one_side_and_labels, (4, 2), teacher=(), mask=(4,)),
+    "relation_kl": Case(states, (4, 3), mask=(4,), static={"relation_heads": 2}),
+    "reverse_kl_advantage": Case(token_values, (4, 3), {"gamma": (0.9, 0.3)}, mask=(4,)),
+    "skew_kl": Case(logits, (4, 3), {**TEMPERATURE, "alpha": (0.3, 0.7)}, mask=(4, 3)),
+    "skew_reverse_kl": Case(logits, (4, 3), {**TEMPERATURE, "alpha": (0.3, 0.7)}, mask=(4, 3)),
+    "top_k_kl": Case(
+        stored_top_k,
+        (4, 3),
+        {**TEMPERATURE, "teacher_temperature": (0.5, 1.5)},
+        teacher=(2,),
+        mask=(4, 3),
+        static={"missing": "rest_bucket"},
+    ),
+    "total_variation": Case(logits, (4, 3), TEMPERATURE, mask=(4, 3)),
     "barlow_twins": Case(
         features,
         (),

@@ -6,6 +6,13 @@ the class axis, unless its docstring calls it batch-coupled.
 """
 
 from kdjax.losses._adversarial import dlr, margin, targeted_dlr, trades_kl
+from kdjax.losses._attention import (
+    attention_kl,
+    attention_mse,
+    cosine_distance,
+    hidden_mse,
+    relation_kl,
+)
 from kdjax.losses._decoupled import dkd, nkd
 from kdjax.losses._dist import dist
 from kdjax.losses._features import (
@@ -30,12 +37,23 @@ from kdjax.losses._logits import (
     standardize_logits,
 )
 from kdjax.losses._self_supervised import barlow_twins, nt_xent
+from kdjax.losses._sequence import (
+    clipped_policy_loss,
+    next_token_cross_entropy,
+    reverse_kl_advantage,
+)
+from kdjax.losses._skew import skew_kl, skew_reverse_kl, total_variation
+from kdjax.losses._top_k import top_k_kl
 
 __all__ = [
+    "attention_kl",
+    "attention_mse",
     "barlow_twins",
     "center",
+    "clipped_policy_loss",
     "correlation_distance",
     "correlation_log_sum",
+    "cosine_distance",
     "dist",
     "dkd",
     "dlr",
@@ -43,19 +61,27 @@ __all__ = [
     "generalized_jensen_shannon",
     "group_standardize",
     "hard_label_cross_entropy",
+    "hidden_mse",
     "l2_normalize",
     "log_sum",
     "log_sum_shares",
     "logit_mse",
     "margin",
+    "next_token_cross_entropy",
     "nkd",
     "nt_xent",
     "pool",
+    "relation_kl",
     "reverse_kl",
+    "reverse_kl_advantage",
+    "skew_kl",
+    "skew_reverse_kl",
     "soft_cross_entropy",
     "soft_label_kl",
     "standardize",
     "standardize_logits",
     "targeted_dlr",
+    "top_k_kl",
+    "total_variation",
     "trades_kl",
 ]

@@ -86,21 +86,45 @@ def cross_entropy(p_logits: jax.Array, q_logits: jax.Array, temperature: jax.Arr
     return jnp.log(jnp.sum(jnp.exp(q), axis=-1)) - expected / jnp.sum(weights, axis=-1)
 
 
+def skewed(
+    p_logits: jax.Array, q_logits: jax.Array, temperature: jax.Array, share: jax.Array
+) -> jax.Array:
+    """KL(P || M) over the last axis for M = (1 - share) P + share Q, never negative.
+
+    With e^d = m / p = 1 + share (q / p - 1), and as P and M both sum to 1,
+
+        KL = -sum_c p_c d_c = sum_c p_c (e^d_c - 1 - d_c)
+
+    whose terms are of the size of the result; those of the first sum cancel, and for a student
+    close to its teacher leave none of its digits in float32.
+    """
+    log_p = jax.nn.log_softmax(p_logits / temperature)
+    log_q = jax.nn.log_softmax(q_logits / temperature)
+    p = jnp.exp(log_p)
+    limits = jnp.finfo(p.dtype)
+    # Where p vanishes its term is share * q; elsewhere q / p can't overflow.
+    counts = p > float(limits.tiny) / float(limits.eps)
+    gap = jnp.where(counts, log_q - log_p, 0)
+    growth = share * jnp.expm1(gap)
+    near = gap > -1
+    log_growth = jnp.where(
+        near,
+        jnp.log1p(jnp.where(near, growth, 0)),
+        jnp.logaddexp(jnp.log1p(-share), jnp.log(share) + jnp.where(near, 0, gap)),
+    )
+    terms = jnp.where(counts, p * (growth - log_growth), share * jnp.exp(log_q))
+    return jnp.sum(terms, axis=-1)
+
+
 def jensen_shannon(
     p_logits: jax.Array, q_logits: jax.Array, temperature: jax.Array, beta: jax.Array
 ) -> jax.Array:
     """w KL(p || m) + (1 - w) KL(q || m), m = beta p + (1 - beta) q; w = beta but at the ends."""
-    log_p = jax.nn.log_softmax(p_logits / temperature)
-    log_q = jax.nn.log_softmax(q_logits / temperature)
-    # The derivative of logaddexp is NaN where both of its arguments are -inf.
-    excluded = jnp.maximum(log_p, log_q) == -jnp.inf
-    log_m = jnp.logaddexp(
-        jnp.where(excluded, 0, log_p) + jnp.log(beta),
-        jnp.where(excluded, 0, log_q) + jnp.log1p(-beta),
-    )
     # At an end one of the two terms is 0 for every student; the other one then counts in full.
     weight = jnp.where(beta == 0, 1, jnp.where(beta == 1, 0, beta))
-    return weight * _expected_gap(log_p, log_m) + (1 - weight) * _expected_gap(log_q, log_m)
+    from_p = skewed(p_logits, q_logits, temperature, 1 - beta)
+    from_q = skewed(q_logits, p_logits, temperature, beta)
+    return weight * from_p + (1 - weight) * from_q
 
 
 def log_loss(logits: jax.Array, weights: jax.Array, mass: jax.Array | float) -> jax.Array:
@@ -121,9 +145,3 @@ def _shift(logits: jax.Array, temperature: jax.Array | float = 1) -> tuple[jax.A
     """Tempered logits with maximum 0 over the classes, and the maximum before tempering."""
     maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     return (logits - maximum[..., None]) / temperature, maximum
-
-
-def _expected_gap(log_p: jax.Array, log_m: jax.Array) -> jax.Array:
-    """sum_c p_c (log p_c - log m_c), where a class of probability 0 adds 0."""
-    p = jnp.exp(log_p)
-    return jnp.sum(p * jnp.where(p > 0, log_p - log_m, 0), axis=-1)

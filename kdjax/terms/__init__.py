@@ -4,15 +4,45 @@ Weights are given to `kdjax.distill` beside each Term. Hyperparameters may be nu
 schedules of the step; none of them recompiles the update.
 """
 
+from kdjax.terms._layers import uniform_layers
 from kdjax.terms._outputs import at, hard_labels, labelled, matching, no_params, soft_labels
 from kdjax.terms._projector import projector
+from kdjax.terms._tokens import (
+    cached_top_k,
+    causal_lm,
+    distil_triple,
+    masked_lm,
+    prediction,
+    regression,
+    token_divergence,
+)
+from kdjax.terms._transformer import (
+    attention_distributions,
+    attention_scores,
+    hidden_cosine,
+    hidden_states,
+    relations,
+)
 
 __all__ = [
     "at",
+    "attention_distributions",
+    "attention_scores",
+    "cached_top_k",
+    "causal_lm",
+    "distil_triple",
     "hard_labels",
+    "hidden_cosine",
+    "hidden_states",
     "labelled",
+    "masked_lm",
     "matching",
     "no_params",
+    "prediction",
     "projector",
+    "regression",
+    "relations",
     "soft_labels",
+    "token_divergence",
+    "uniform_layers",
 ]
