@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         data,
         kernels,
         labels,
+        lm,
         losses,
         methods,
         metrics,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         from_batch,
         from_parts,
         minimize,
+        started,
     )
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ _HOMES = {
             "from_batch",
             "from_parts",
             "minimize",
+            "started",
         ),
         "core",
     ),
@@ -74,6 +77,7 @@ _ROOMS = (
     "data",
     "kernels",
     "labels",
+    "lm",
     "losses",
     "methods",
     "metrics",
@@ -106,6 +110,7 @@ __all__ = [
     "from_parts",
     "kernels",
     "labels",
+    "lm",
     "load_nnx",
     "losses",
     "methods",
@@ -115,6 +120,7 @@ __all__ = [
     "nnx_variables",
     "parallel",
     "schedules",
+    "started",
     "terms",
     "theory",
     "train",

@@ -10,7 +10,7 @@ import pytest
 import kdjax as kd
 
 ROOMS = (
-    "core", "adapters", "attacks", "augment", "data", "kernels", "labels", "losses", "metrics",
+    "core", "adapters", "attacks", "augment", "data", "kernels", "labels", "lm", "losses", "metrics",
     "parallel", "schedules", "terms", "theory", "train", "methods.adr", "methods.adversarial",
     "methods.adversarial_distillation", "methods.awp", "methods.krr_st",
     "methods.projector_distillation",

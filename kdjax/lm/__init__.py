@@ -1,0 +1,23 @@
+"""Transformers to distil: BERT, DistilBERT and GPT-2, from and to Hugging Face folders."""
+
+from kdjax.lm._config import BertConfig, Config, GPT2Config
+from kdjax.lm._folder import load_checkpoint, read_config, save_checkpoint
+from kdjax.lm._generate import generate
+from kdjax.lm._masking import mask_tokens
+from kdjax.lm._model import model
+from kdjax.lm._take_layers import take_layers
+from kdjax.lm._tokenizer import load_tokenizer
+
+__all__ = [
+    "BertConfig",
+    "Config",
+    "GPT2Config",
+    "generate",
+    "load_checkpoint",
+    "load_tokenizer",
+    "mask_tokens",
+    "model",
+    "read_config",
+    "save_checkpoint",
+    "take_layers",
+]
