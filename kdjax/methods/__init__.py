@@ -6,9 +6,12 @@ from kdjax.methods import (
     adversarial_distillation,
     awp,
     barlow_twins,
+    distilgpt2,
     krr_st,
+    minilm,
     projector_distillation,
     simclr,
+    tinybert,
 )
 
 __all__ = [
@@ -17,7 +20,10 @@ __all__ = [
     "adversarial_distillation",
     "awp",
     "barlow_twins",
+    "distilgpt2",
     "krr_st",
+    "minilm",
     "projector_distillation",
     "simclr",
+    "tinybert",
 ]
