@@ -2,6 +2,7 @@
 
 from kdjax.lm._config import BertConfig, Config, GPT2Config
 from kdjax.lm._folder import load_checkpoint, read_config, save_checkpoint
+from kdjax.lm._fused import FusedKDParts, fused_linear_kd
 from kdjax.lm._generate import generate
 from kdjax.lm._masking import mask_tokens
 from kdjax.lm._model import model
@@ -11,7 +12,9 @@ from kdjax.lm._tokenizer import load_tokenizer
 __all__ = [
     "BertConfig",
     "Config",
+    "FusedKDParts",
     "GPT2Config",
+    "fused_linear_kd",
     "generate",
     "load_checkpoint",
     "load_tokenizer",
