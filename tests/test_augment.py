@@ -289,6 +289,7 @@ def test_mixup_mixes_images_and_labels_alike():
     np.testing.assert_array_equal(none["image"], images)
 
 
+@pytest.mark.slow
 def test_mixup_labels_of_any_integer_type():
     label = np.array([0, 100, 127, 3])
     batch = {"image": jnp.zeros((4, 2, 2, 1))}

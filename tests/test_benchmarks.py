@@ -117,6 +117,7 @@ def test_bars(compare):
     assert "x inf" in row
 
 
+@pytest.mark.slow
 def test_interleaved_times(compare):
     times = compare.interleave(
         lambda: time.sleep(0.002),
@@ -168,6 +169,7 @@ def test_a_step_that_does_more_is_found(overhead):
     assert report["ours"]["flops"] > 1.2 * report["bare"]["flops"]
 
 
+@pytest.mark.slow
 def test_the_projector_step(overhead):
     """Its counts are those of the bare step, and another distance would be found."""
     case = overhead.make_case("mlp", "projector", overhead.make_batches(16, 16))

@@ -96,6 +96,7 @@ def test_bars_of_the_digits_can_be_missed(digits):
         assert list(digits.verdicts({"AT": plain, "ADR": worse}).values()).count(False) == 1
 
 
+@pytest.mark.slow
 def test_a_short_run_on_digits(digits, tmp_path, capsys):
     file = tmp_path / "numbers.json"
     # The exit status is that of bars for 80 epochs.
@@ -138,6 +139,7 @@ def small_options(steps):
     return found
 
 
+@pytest.mark.slow
 def test_the_step_has_the_counts_of_the_bare_one(steps, small_options, capsys):
     report: dict = {}
     missed = steps.counted("small", steps.SMALL, small_options, report)

@@ -267,6 +267,7 @@ def test_nothing_is_below_zero(capsys):
     assert _theory_show.number(-0.0) == "0"
 
 
+@pytest.mark.slow
 def test_simulation_stands_beside_the_theory(capsys):
     arguments = ["risk", "--p", "40", "--n", "16", "--trials", "60"]
     code, out, _ = answer(capsys, *arguments)
@@ -290,6 +291,7 @@ def test_the_parts_of_a_simulation():
         assert len(set(parts)) <= 1
 
 
+@pytest.mark.slow
 def test_figures(capsys, tmp_path):
     code, out, _ = answer(
         capsys,
@@ -375,6 +377,7 @@ def test_sizes_of_a_surrogate():
     assert np.all(np.diff(sizes) > 0)
 
 
+@pytest.mark.slow
 def test_plan_predicts_what_it_measures(capsys, monkeypatch, problem, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = answer(

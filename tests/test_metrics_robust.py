@@ -118,6 +118,7 @@ def test_temperature_masks_nan_and_dtypes():
     np.testing.assert_allclose(low, golden("temperature"), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_temperature_under_transformations():
     logits = np.float32(LOGITS).reshape(3, 200, 10)
     labels = LABELS.reshape(3, 200)

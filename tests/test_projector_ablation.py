@@ -105,6 +105,7 @@ def test_every_branch_is_its_own_term(script):
     assert len(seen) == len(terms)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_same_as_single_updates(script, options, task, train):
     """A loop over updates, with one term and no switch, gives what the sweep gives."""
     student = script.network("mlp-6", 10)

@@ -187,6 +187,7 @@ def test_gradients_stay_finite_where_eigenvalues_are_equal():
 # Batch normalisation and collapse.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eps", [0.0, 1e-4, 0.5])
 @pytest.mark.parametrize("loss", ["log_sum", "mse", "odd"])
 def test_columns_get_no_gradient_along_themselves(loss, eps):

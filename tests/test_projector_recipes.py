@@ -158,6 +158,7 @@ def test_cifar_totals(cifar, name, weights):
     assert found["loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights"),
     [
@@ -192,6 +193,7 @@ def test_every_published_row_can_be_built(cifar, imagenet):
     assert not any(cifar.published("resnet14-resnet8").values())
 
 
+@pytest.mark.slow
 def test_networks_of_different_families_fit(cifar):
     student, teacher = (cifar.model_of(name, 100, "bfloat16") for name in ("mobilenetv2", "vgg13"))
     learner = kd.minimize(cifar.method_of("projector", student, teacher, 2.0), optax.sgd(0.1))
@@ -272,6 +274,7 @@ STUDENT = Path("mlp_small-convnet_small", "projector", "seed-0")
 TEACHER = Path("teachers", "mlp_small")
 
 
+@pytest.mark.slow
 def test_a_row_runs_to_the_end(row):
     out, printed = row
     lines = printed.splitlines()
@@ -476,6 +479,7 @@ def imagenet_options(data, out, *more):
     ]
 
 
+@pytest.mark.slow
 def test_an_imagenet_row_runs_to_the_end(imagenet, jpegs, tmp_path, capsys):
     arguments = imagenet_options("tfds:tiny_jpegs", tmp_path, "--data-dir", str(jpegs))
     imagenet.main(arguments)

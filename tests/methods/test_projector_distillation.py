@@ -203,6 +203,7 @@ def test_deit_total():
     assert not grads["student"]["logits"].any()  # the mean of both, which is only used
 
 
+@pytest.mark.slow
 def test_deit_student_runs():
     """The published script can't: here is the whole of it at a small size."""
     student = kd.from_linen(

@@ -111,6 +111,7 @@ def test_scaling_runs_and_judges(script, capsys, tmp_path):
     assert scaling.misses([steep._replace(exponent=1.1)], chains, [])
 
 
+@pytest.mark.slow
 def test_equal_budget_of_one_row(script):
     budget = script("theory_equal_budget")
     with jax.enable_x64(True):

@@ -59,6 +59,7 @@ def plug_in(x, y):
 
 # Mean and worst relative error of the total risk over four data sets. With N rows the label
 # energy alone is known to sqrt(2 / N): 18 % of a single data set at N = 60, 6 % at N = 600.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "mean", "worst"),
     [(60, 0.25, 0.6), (110, 0.2, 0.45), (240, 0.12, 0.3), (1200, 0.06, 0.15)],
@@ -327,6 +328,7 @@ def test_narrow_integer_labels_do_not_overflow():
     assert wide.weights.shape == (5, 256)
 
 
+@pytest.mark.slow
 def test_large_singular_covariance():
     """An eigensolver's rounding grows with the size."""
     found = T.diagonalize(np.ones((400, 400), np.float32), np.ones(400), rank_tol=1e-4)

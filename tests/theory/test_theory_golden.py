@@ -95,6 +95,7 @@ def test_one_training(case, rtol):
     np.testing.assert_array_equal(theory.optimal_mask(lam, n, ridge), a["keep_mask"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", **named(ONE))
 def test_slopes_of_tau(case, rtol):
     lam = jax.numpy.asarray(arrays(case)["lam"])

@@ -220,6 +220,7 @@ def central(f, x, h):
     return (8 * (f(x + h) - f(x - h)) - (f(x + 2 * h) - f(x - 2 * h))) / (12 * h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "k", "ridge"),
     [(50.0, 90.0, 0.0), (90.0, 50.0, 0.0), (50.0, 90.0, 0.02), (90.0, 50.0, 0.02),
@@ -249,6 +250,7 @@ def slope_in_ridge(lam, n, k, ridge):
     return jax.jacfwd(lambda r: jnp.stack(T.rf_fixed_point(lam, n, k, r)))(ridge)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), [(20.0, 50.0), (50.0, 20.0), (70.0, 90.0), (90.0, 70.0)])
 def test_slope_at_no_ridge(n, k):
     """From the right, also where the smaller size is above the rank and gamma is 0."""
@@ -298,6 +300,7 @@ def test_gradient_flow():
     assert np.all(np.isfinite(jax.grad(risk, argnums=(0, 1))(np.inf, 1.0)))
 
 
+@pytest.mark.slow
 def test_batches_vmap_and_jit():
     n, k = np.array([30.0, 90.0, np.inf, 40.0]), np.array([50.0, np.inf, 70.0, 40.0])
     loop = [rf_risk(a, b, 0.01, 0.1) for a, b in zip(n, k, strict=True)]
@@ -356,6 +359,7 @@ def test_bad_shapes_and_kinds():
         T.rf_fixed_point(LAM, 3, 4, max_steps=0)
 
 
+@pytest.mark.slow
 def test_invalid_under_trace_is_nan():
     good = jnp.array([20.0, 30.0, 0.1, 0.1])
     risk = jax.jit(lambda a: rf_risk(a[0], a[1], a[2], a[3]))

@@ -163,6 +163,7 @@ def test_slopes(name, n, noise, ridge):
     test_util.check_grads(of_logs, point, 1, modes=["rev", "fwd"], rtol=1e-5, atol=1e-7, eps=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW_RISKS)
 def test_slope_in_the_exponent(name):
     def of_alpha(alpha):
@@ -172,6 +173,7 @@ def test_slope_in_the_exponent(name):
     test_util.check_grads(of_alpha, (2.0,), 2, modes=["rev"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RISKS)
 def test_slope_in_the_ridge_at_zero(name):
     """Above the rank a first bit of ridge is answered with its true, one-sided slope."""

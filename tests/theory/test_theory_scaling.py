@@ -170,6 +170,7 @@ def reverse_jacobian(at):
     return jax.jacrev(lambda x: jnp.stack(T.scaling_constants(x[0], x[1])))(at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at",
     [(2.0, 1.5), (1.3, 1.1), (3.0, 4.0), (1.5, 2.5), (6.0, 7.0), (5.0, 2.0), (4.0, 3.0),

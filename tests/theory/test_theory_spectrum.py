@@ -231,6 +231,7 @@ def test_far_starts(lam, n, ridge, wanted):
             np.testing.assert_allclose(tau, wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_slopes_in_zero_eigenvalues():
     """One-sided: what an eigenvalue does that rises from 0, which tau feels at once."""
     with jax.enable_x64(True):

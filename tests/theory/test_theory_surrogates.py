@@ -35,6 +35,7 @@ def risk(lam, truth, surrogate=None, ridge=0.0, lam_test=None, n=N):
     ).total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("ridge", [0.0, 0.7])
 @pytest.mark.parametrize("shifted", [False, True])

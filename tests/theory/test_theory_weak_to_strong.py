@@ -90,6 +90,7 @@ def test_misfit_counts_the_examples_that_it_is_told_to():
     assert vector.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_published_equal_budget_table():
     """Columns: m, noise, strong labels at n = 200, unmasked, best of every fifth size."""
     table = (
@@ -172,6 +173,7 @@ def best_gradient(lam, noise, n):
     )(lam, noise)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [20, 90])
 def test_peak_of_the_surrogate(n):
     """Infinite where the surrogate has as many noisy labels as features, and no NaN around it."""
@@ -235,6 +237,7 @@ def test_published_scaling_of_a_tuned_student():
     assert np.all(student < own)
 
 
+@pytest.mark.slow
 def test_tuned_ridge_is_the_minimum():
     lam, beta = T.power_law(100, 1.5, 1.4)
     teacher = T.estimator_moments(lam, T.Moments(beta, beta**2), n=90, noise_var=0.5)
@@ -299,6 +302,7 @@ def test_bad_input():
         T.misfit_gain(np.zeros((4, 2)), np.zeros((4, 2)), where=np.ones(4))
 
 
+@pytest.mark.slow
 def test_invalid_under_trace_is_nan():
     lam, beta = T.power_law(20, 2.0, 1.5)
     budget = jax.jit(lambda m, sizes: T.equal_budget(lam, beta, m=m, n=5, sizes=sizes))

@@ -91,6 +91,7 @@ def test_no_label_of_the_test_split_is_used(ask, usual, task):
     assert same(hidden, usual)
 
 
+@pytest.mark.slow
 def test_no_test_image_is_trained_on(ask, usual, task):
     images = task.test_images.copy()
     images[:100] = 0.5
@@ -171,6 +172,7 @@ def test_the_student_starts_from_the_body_it_is_given(script):
     assert np.abs(found - fresh).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_frozen_body_leaves_a_linear_student(script, task):
     options = script.parse(["--quick", "--frozen"])
     programs = script.make_programs(10, options)
