@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import Any
 import tyro
 
 import kdjax
-from kdjax.cli import _options
+from kdjax.cli import _condense_options, _lm_options, _options
 
 _HELP = f"""\
 kdjax {kdjax.__version__}: knowledge distillation for JAX
@@ -22,6 +23,9 @@ kdjax {kdjax.__version__}: knowledge distillation for JAX
   kdjax predict-labels   store a teacher's outputs on disk, to distil without running it
   kdjax robust           adversarial training with self-distillation (ADR), and what a
                          network is worth under attack: train, evaluate
+  kdjax condense         a few learned pairs that stand for many images without labels (KRR-ST),
+                         and what pre-training on them is worth
+  kdjax lm               a language model distilled into one of fewer layers: distill
   kdjax theory           what a teacher can be worth, predicted before anything is trained:
                          for a power law (risk) or for your own features and labels (plan)
 
@@ -49,6 +53,20 @@ Each has a --help of its own:
 
 ADR: Wu, Wang, Chen, "Annealing Self-Distillation Rectification Improves Adversarial Training",
 ICLR 2024. AutoAttack: Croce, Hein, ICML 2020.
+"""
+_LM_HELP = """\
+kdjax lm: language models, from and to Hugging Face folders
+
+  kdjax lm distill       a GPT-2 or BERT into fewer of its layers; a table of students with and
+                         without the teacher
+                         (start here: without options it trains a small teacher itself)
+
+It has a --help of its own:
+
+  kdjax lm distill --out runs/lm
+  kdjax lm distill --teacher gpt2 --text corpus/ --length 128
+
+DistilBERT, DistilGPT-2: Sanh et al., 2019. TinyBERT: Jiao et al., 2020.
 """
 _THEORY_HELP = """\
 kdjax theory: exact predictions for linear students of a surrogate's labels, in seconds
@@ -91,17 +109,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run_distill(arguments: Sequence[str]) -> int:
-    options = _parse(_options.Distill, "distill", arguments)
-    from kdjax.cli import _distill
-
-    out = _distill.out_folder(options.run)
-    known = _distill.remembered(out) if options.run.resume else None
-    if options.run.resume and known is None:
-        raise ValueError(f"out must be the folder of a run to resume, got {out}, which holds none.")
-    if known is not None:
-        # What was typed now wins, so that a contradiction is seen and answered.
-        options = _parse(_options.Distill, "distill", arguments, known)
-    return _distill.run(options, out)
+    return _resumable(_options.Distill, "distill", arguments, "_distill", "run")
 
 
 def _run_evaluate(arguments: Sequence[str]) -> int:
@@ -124,24 +132,27 @@ def _run_robust(arguments: Sequence[str]) -> int:
         return 0
     what, *rest = arguments
     if what == "train":
-        options = _parse(_options.RobustTrain, "robust train", rest)
-        from kdjax.cli import _robust
-
-        out = _robust.out_folder(options.run)
-        known = _robust.remembered(out) if options.run.resume else None
-        if options.run.resume and known is None:
-            raise ValueError(
-                f"out must be the folder of a run to resume, got {out}, which holds none."
-            )
-        if known is not None:
-            options = _parse(_options.RobustTrain, "robust train", rest, known)
-        return _robust.train(options, out)
+        return _resumable(_options.RobustTrain, "robust train", rest, "_robust", "train")
     if what == "evaluate":
         chosen = _parse(_options.RobustEvaluate, "robust evaluate", rest)
         from kdjax.cli import _robust
 
         return _robust.evaluate(chosen)
     raise ValueError(f"robust must be followed by train or evaluate, got {what!r}.")
+
+
+def _run_condense(arguments: Sequence[str]) -> int:
+    return _resumable(_condense_options.Condense, "condense", arguments, "_condense", "run")
+
+
+def _run_lm(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_LM_HELP, end="")
+        return 0
+    what, *rest = arguments
+    if what == "distill":
+        return _resumable(_lm_options.LMDistill, "lm distill", rest, "_lm", "distill")
+    raise ValueError(f"lm must be followed by distill, got {what!r}.")
 
 
 def _run_theory(arguments: Sequence[str]) -> int:
@@ -160,6 +171,25 @@ def _run_theory(arguments: Sequence[str]) -> int:
 
         return _theory.plan(plan)
     raise ValueError(f"theory must be followed by risk or plan, got {what!r}.")
+
+
+def _resumable(
+    options: Any, command: str, arguments: Sequence[str], module: str, function: str
+) -> int:
+    """A command that trains in a folder and remembers its options there."""
+    chosen = _parse(options, command, arguments)
+    room = importlib.import_module(f"kdjax.cli.{module}")
+    out = room.out_folder(chosen.run)
+    if chosen.run.resume:
+        known = room.remembered(out)
+        if known is None:
+            raise ValueError(
+                f"out must be the folder of a run to resume, got {out}, which holds none."
+            )
+        # What was typed now wins, so that a contradiction is seen and answered.
+        chosen = _parse(options, command, arguments, known)
+    code: int = getattr(room, function)(chosen, out)
+    return code
 
 
 def _parse(options: Any, command: str, arguments: Sequence[str], *default: Any) -> Any:
@@ -191,6 +221,8 @@ _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
         "evaluate": _run_evaluate,
         "predict-labels": _run_predict_labels,
         "robust": _run_robust,
+        "condense": _run_condense,
+        "lm": _run_lm,
         "theory": _run_theory,
     }
 )

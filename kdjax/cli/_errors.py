@@ -72,8 +72,10 @@ def _as_option(text: str) -> str:
 
 
 def _option_names() -> set[str]:
-    from kdjax.cli import _options
+    from kdjax.cli import _condense_options, _lm_options, _options
 
-    kinds = [value for value in vars(_options).values() if dataclasses.is_dataclass(value)]
+    rooms = (_options, _condense_options, _lm_options)
+    kinds = {value for room in rooms for value in vars(room).values() if isinstance(value, type)}
+    kinds = {kind for kind in kinds if dataclasses.is_dataclass(kind)}
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     return names - {"checkpoint"}  # which is typed without a name

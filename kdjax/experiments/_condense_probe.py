@@ -13,6 +13,7 @@ import optax
 from kdjax import _checks, adapters
 from kdjax._pairs import Model
 from kdjax.experiments import _condense_train
+from kdjax.experiments._threads import few_threads
 
 _FEATURES = "image"  # what the training calls the inputs of any network
 
@@ -130,7 +131,8 @@ def few_shot(
             raise ValueError(
                 f"draws must hold row numbers from 0 to {len(x) - 1}, got {_checks.describe(rows)}."
             )
-        model = LogisticRegression(C=inverse_penalty, max_iter=1000).fit(x[rows], y[rows])
+        with few_threads():
+            model = LogisticRegression(C=inverse_penalty, max_iter=1000).fit(x[rows], y[rows])
         found.append(float((model.predict(test_x) == test_y).mean()))
     if not found:
         raise ValueError("draws must hold at least one array of row numbers, got none.")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from kdjax import _checks
+from kdjax.experiments._threads import few_threads
 
 
 def random_subset(size: int, m: int, *, key: jax.Array) -> np.ndarray:
@@ -67,7 +68,8 @@ def k_means(features: Any, m: int, *, key: jax.Array, restarts: int = 4) -> np.n
     _checks.count("m", m, high=len(x))
     _checks.count("restarts", restarts)
     seed = int(generator(key).integers(2**31))
-    centres = KMeans(m, n_init=restarts, random_state=seed).fit(x).cluster_centers_
+    with few_threads():
+        centres = KMeans(m, n_init=restarts, random_state=seed).fit(x).cluster_centers_
     chosen, free = np.empty(m, np.int64), np.ones(len(x), bool)
     for i, centre in enumerate(centres):
         distance = np.where(free, ((x - centre) ** 2).sum(1), np.inf)

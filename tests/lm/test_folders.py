@@ -81,7 +81,9 @@ def test_saving_and_loading_changes_no_bit(name, tmp_path):
     assert sorted(before) == sorted(after)
     for tensor, value in before.items():
         np.testing.assert_array_equal(after[tensor], value)
-    old, new = (json.loads((x / "config.json").read_text()) for x in (GOLDEN / name, tmp_path / "a"))
+    old, new = (
+        json.loads((x / "config.json").read_text()) for x in (GOLDEN / name, tmp_path / "a")
+    )
     assert {k: new[k] for k in old} == old
 
 
@@ -177,7 +179,7 @@ def test_shards_are_one_model(tmp_path):
 
     def refused(changes, *words):
         index.write_text(json.dumps({"weight_map": {**shards, **changes}}))
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="weight_map") as error:
             lm.load_checkpoint(tmp_path)
         assert all(word in str(error.value) for word in words), error.value
 
@@ -242,7 +244,7 @@ def test_what_does_not_fit_is_named_at_once(folder):
     tensors["bert.extra.weight"] = tensors.pop("bert.pooler.dense.bias")
     tensors["classifier.weight"] = tensors["classifier.weight"][:, :-1].copy()
     save_file(tensors, folder / TENSORS)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="does not fit") as error:
         lm.load_checkpoint(folder)
     for words in ("missing pooler.dense.bias", "unexpected extra.weight", "classifier.weight has"):
         assert words in str(error.value)
@@ -262,7 +264,7 @@ def test_what_does_not_fit_is_named_at_once(folder):
 )
 def test_other_models_are_refused(changes, words, folder):
     edit_json(folder / "config.json", **changes)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=words[0]) as error:
         lm.load_checkpoint(folder)
     assert all(word in str(error.value) for word in words), error.value
 
@@ -294,9 +296,7 @@ def test_another_head():
     )
     assert "mlm" not in params
     assert params["pooler"]["kernel"].shape == (24, 24)
-    config, params = lm.load_checkpoint(
-        GOLDEN / "bert_seqcls", num_labels=5, key=jax.random.key(0)
-    )
+    config, params = lm.load_checkpoint(GOLDEN / "bert_seqcls", num_labels=5, key=jax.random.key(0))
     assert params["head"]["bias"].shape == (5,)
     with pytest.raises(ValueError, match="key must be given"):
         lm.load_checkpoint(GOLDEN / "bert_base", head="sequence")
@@ -309,7 +309,7 @@ def test_saving_refuses_other_parameters(tmp_path):
     wrong = {**params, "new": {"bias": jnp.zeros(3)}}
     del wrong["pooler"]
     wrong["layer_0"] = {**params["layer_0"], "ln1": {"scale": jnp.ones(3), "bias": jnp.zeros(20)}}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="params are not") as error:
         lm.save_checkpoint(tmp_path / "new", config, wrong)
     for words in ("missing pooler/kernel", "unexpected new/bias", "layer_0/ln1/scale has shape"):
         assert words in str(error.value)
