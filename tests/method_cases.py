@@ -1,4 +1,5 @@
-"""The Methods that the contract tests run, on one tiny MLP in each of its three forms."""
+"""The Methods that the contract tests run: on one tiny MLP in each of its three forms, and on
+transformers of one layer."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from flax import nnx
 
 import kdjax as kd
 from kdjax.core import Method, Model, Term
+from kdjax.lm import fused_distillation, sampler
 
-CLASSES, WIDTH, ROWS = 5, 6, 16
+CLASSES, WIDTH, ROWS, TOKENS = 5, 6, 16, 11
 
 
 class LinenMLP(nn.Module):
@@ -322,6 +324,79 @@ def condensed() -> Case:
     )
 
 
+def texts() -> dict[str, jax.Array]:
+    """Prompts of one to three tokens, padded on the left, and completions padded on the right."""
+    rows = jnp.arange(ROWS)[:, None]
+    columns = jnp.arange(7)[None]
+    real = (columns >= rows % 3) & (columns < 4 + rows % 4)
+    ids = jax.random.randint(jax.random.key(4), real.shape, 0, TOKENS)
+    # Targets fall unevenly over any even split of the batch; padding holds no id.
+    labels = jnp.where(real & (rows % 5 > 0), ids, -100)
+    return {
+        "input_ids": jnp.where(real, ids, 999).astype(jnp.int32),
+        "labels": labels.astype(jnp.int32),
+        "attention_mask": real.astype(jnp.int32),
+        "position_ids": jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0).astype(jnp.int32),
+        "index": jnp.arange(ROWS, dtype=jnp.int32),
+    }
+
+
+def transformer(*outputs: str, bert: bool = False) -> Model:
+    shared = {
+        "vocab_size": TOKENS, "hidden_size": 8, "num_layers": 1, "num_heads": 2,
+        "max_positions": 8, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+    }  # fmt: skip
+    if bert:
+        return kd.lm.model(kd.lm.BertConfig(intermediate_size=16, **shared), outputs=outputs)
+    return kd.lm.model(gpt2(), outputs=outputs)
+
+
+def gpt2() -> Any:
+    return kd.lm.GPT2Config(
+        vocab_size=TOKENS, hidden_size=8, num_layers=1, num_heads=2, max_positions=8,
+        embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+def language_model(kind: str) -> Case:
+    """A recipe for transformers: the annealed number is a weight, a temperature or a share."""
+    recipes, data = kd.methods, texts()
+    outputs = {
+        "distilgpt2": ("logits", "hidden"),
+        "fused": ("head_input", "head", "hidden"),
+        "gkd": ("logits",),
+        "minilm": ("scores", "values"),
+        "tinybert": ("scores", "hidden"),
+    }[kind]
+    bert = kind in ("minilm", "tinybert")
+    student, student_calls = counted(transformer(*outputs, bert=bert))
+    teacher, teacher_calls = counted(transformer(*outputs, bert=bert))
+    if kind != "gkd":  # which makes its own
+        data["input_ids"] = data["input_ids"] % TOKENS
+
+    def make(hyper: Any) -> Method:
+        if kind in ("distilgpt2", "fused"):
+            fused = fused_distillation if kind == "fused" else None
+            return recipes.distilgpt2.distilgpt2(
+                student, teacher, temperature=hyper, labels="labels", fused=fused
+            )
+        if kind == "gkd":
+            sample = sampler(gpt2(), length=4, end_token=0)
+            return recipes.gkd.gkd(student, teacher, sample, prompt_length=3, on_policy=hyper)
+        if kind == "minilm":
+            return recipes.minilm.minilm(student, teacher, heads=2, values=hyper)
+        return recipes.tinybert.intermediate(student, teacher, attention=hyper)
+
+    frozen = teacher.init(jax.random.key(1))
+    return Case(
+        make,
+        data,
+        jax.tree.map(lambda x: x + 0.01, frozen),  # no biases of zeros as the student's
+        hyper=(1.0, 0.0) if kind == "gkd" else (1.0, 3.0),
+        counters={"student": student_calls, "teacher": teacher_calls},
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "distill_plain": lambda: distilled(plain()),
     "distill_linen": lambda: distilled(linen()),
@@ -343,4 +418,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "ard": lambda: adversarial("ard"),
     "rslad": lambda: adversarial("rslad"),
     "krr_st": condensed,
+    "distilgpt2": lambda: language_model("distilgpt2"),
+    "distilgpt2_fused": lambda: language_model("fused"),
+    "gkd": lambda: language_model("gkd"),
+    "minilm": lambda: language_model("minilm"),
+    "tinybert": lambda: language_model("tinybert"),
 }

@@ -10,10 +10,11 @@ import pytest
 import kdjax as kd
 
 ROOMS = (
-    "core", "adapters", "attacks", "augment", "data", "kernels", "labels", "lm", "losses", "metrics",
-    "parallel", "schedules", "terms", "theory", "train", "methods.adr", "methods.adversarial",
-    "methods.adversarial_distillation", "methods.awp", "methods.krr_st",
-    "methods.projector_distillation",
+    "core", "adapters", "attacks", "augment", "data", "kernels", "labels", "lm", "losses",
+    "metrics", "parallel", "schedules", "terms", "theory", "train", "methods.adr",
+    "methods.adversarial", "methods.adversarial_distillation", "methods.awp",
+    "methods.distilgpt2", "methods.gkd", "methods.krr_st", "methods.minilm",
+    "methods.projector_distillation", "methods.tinybert",
 )  # fmt: skip
 
 

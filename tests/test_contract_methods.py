@@ -23,13 +23,15 @@ FAST_ROUTES = {
     ("awp", "shard_map", 4),
     ("krr_st", "shard_map", 8),
     ("self_distilled", "pmap", 8),
+    ("gkd", "shard_map", 4),
+    ("distilgpt2_fused", "jit", 4),
 }
 
 
 # Like another case in all that the laws look at.
 SLOW = {
     "projector_cifar100", "adversarial_training", "trades", "adr_trades", "ard", "rslad", "stored",
-    "distill_linen", "ensemble",
+    "distill_linen", "ensemble", "minilm", "tinybert", "distilgpt2",
 }  # fmt: skip
 
 

@@ -3,9 +3,11 @@
 from kdjax.lm._config import BertConfig, Config, GPT2Config
 from kdjax.lm._folder import load_checkpoint, read_config, save_checkpoint
 from kdjax.lm._fused import FusedKDParts, fused_linear_kd
+from kdjax.lm._fused_term import fused_distillation
 from kdjax.lm._generate import generate
 from kdjax.lm._masking import mask_tokens
 from kdjax.lm._model import model
+from kdjax.lm._sampler import sampler
 from kdjax.lm._take_layers import take_layers
 from kdjax.lm._tokenizer import load_tokenizer
 
@@ -14,6 +16,7 @@ __all__ = [
     "Config",
     "FusedKDParts",
     "GPT2Config",
+    "fused_distillation",
     "fused_linear_kd",
     "generate",
     "load_checkpoint",
@@ -21,6 +24,7 @@ __all__ = [
     "mask_tokens",
     "model",
     "read_config",
+    "sampler",
     "save_checkpoint",
     "take_layers",
 ]

@@ -82,9 +82,10 @@ class MaskedLMHead(nn.Module):
     """Dense, activation, LayerNorm, then the word embedding (or an own matrix) and a bias."""
 
     config: BertConfig
+    logits: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, words: jax.Array) -> dict[str, jax.Array]:
         config = self.config
         x = ACTIVATIONS[config.activation](dense(config.hidden_size, "transform")(x))
         x = layer_norm(config.layer_norm_eps, "ln")(x)
@@ -92,7 +93,10 @@ class MaskedLMHead(nn.Module):
         if not config.tied:
             words = self.param("decoder", nn.initializers.normal(0.02), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[:1])
-        return x @ words.T.astype(x.dtype) + bias.astype(x.dtype)[None, None]
+        found = {"head_input": x, "head": words, "head_bias": bias}
+        if self.logits:
+            found["logits"] = x @ words.T.astype(x.dtype) + bias.astype(x.dtype)[None, None]
+        return found
 
 
 class Bert(nn.Module):
@@ -102,11 +106,14 @@ class Bert(nn.Module):
     ``attention_mask`` (1 = real), ``token_type_ids``, ``position_ids``. Returns a dict: ``hidden``
     (L + 1 arrays [B, L, d], the embeddings first), ``scores`` (before mask and softmax, [B, H, L,
     L]), ``queries``, ``keys``, ``values`` (each [B, L, d]), ``pooled`` [B, d] if there is a pooler,
-    ``logits`` if there is a head, ``next_sentence`` [B, 2] of a "pretraining" head.
+    ``logits`` if there is a head, ``next_sentence`` [B, 2] of a "pretraining" head; of a masked-LM
+    head also ``head_input`` [B, L, d], ``head`` [V, d] and ``head_bias`` [V], whose product and sum
+    the logits are.
     """
 
     config: BertConfig
     remat: bool = False
+    logits: bool = True  # False: those of a masked language model aren't computed
 
     @nn.compact
     def __call__(self, inputs: Mapping[str, jax.Array], train: bool = False) -> dict[str, Any]:
@@ -132,7 +139,7 @@ class Bert(nn.Module):
         if config.head is None:
             return {}
         if config.head in ("masked_lm", "pretraining"):
-            found = {"logits": MaskedLMHead(config, name="mlm")(x, words)}
+            found = MaskedLMHead(config, self.logits, name="mlm")(x, words)
             if config.head == "pretraining":
                 found["next_sentence"] = dense(2, "nsp")(pooled)
             return found

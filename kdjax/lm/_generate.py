@@ -146,7 +146,8 @@ def _loop(
         following = jnp.where(next_live, following, pad_token)
         return (out["cache"], seen, following, next_live), (token, live)
 
-    live = jnp.ones(batch, bool)
+    # Of the mask, so that it varies over the same devices.
+    live = mask[:, 0] | True
     carry, (tokens, real) = jax.lax.scan(
         step, (out["cache"], seen, first, live), jnp.arange(length - 1)
     )

@@ -106,11 +106,13 @@ class GPT2(nn.Module):
     tokens; ``attention_mask`` then is [B, room of the cache]). Returns a dict: ``hidden`` (L + 1
     arrays [B, L, d]: the embeddings first, the last after the final LayerNorm), ``scores`` (before
     mask and softmax, [B, H, L, L]), ``queries``, ``keys``, ``values`` (each [B, L, d]), ``logits``
-    if there is a head, ``cache`` if there was one.
+    if there is a head, ``head_input`` [B, L, d] and ``head`` [V, d] if they are their product,
+    ``cache`` if there was one.
     """
 
     config: GPT2Config
     remat: bool = False
+    logits: bool = True  # False: those of a language model aren't computed
 
     @nn.compact
     def __call__(self, inputs: Mapping[str, Any], train: bool = False) -> dict[str, Any]:
@@ -152,7 +154,8 @@ class GPT2(nn.Module):
             if not config.tied:
                 shape = (config.vocab_size, config.hidden_size)
                 words = self.param("lm_head", nn.initializers.normal(0.02), shape)
-            return {"logits": x @ words.T.astype(x.dtype)}
+            found = {"head_input": x, "head": words}
+            return found | ({"logits": x @ words.T.astype(x.dtype)} if self.logits else {})
         logits = nn.Dense(config.num_labels, use_bias=False, name="head")(x)
         return {"logits": logits[jnp.arange(len(ids)), self._last(ids)]}
 

@@ -18,7 +18,7 @@ from kdjax.lm._config import BertConfig, Config
 from kdjax.lm._gpt2 import GPT2
 
 DEFAULT = ("logits", "hidden", "scores", "pooled", "next_sentence", "cache")
-EVERY = (*DEFAULT, "queries", "keys", "values")
+EVERY = (*DEFAULT, "queries", "keys", "values", "head_input", "head", "head_bias")
 READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "cache")
 
 
@@ -44,7 +44,10 @@ def model(
       before mask and softmax, in at least float32;
     - ``queries``, ``keys``, ``values``: tuples of num_layers arrays [B, L, d], if asked for;
     - ``pooled`` [B, d]: of BERT's first token, if there is a pooler;
-    - ``next_sentence`` [B, 2]: of a "pretraining" head.
+    - ``next_sentence`` [B, 2]: of a "pretraining" head;
+    - ``head_input`` [B, L, d], ``head`` [V, d] and, of BERT, ``head_bias`` [V], if asked for: the
+      logits of a language model are ``head_input head^T + head_bias``, which `fused_distillation`
+      never makes as a whole.
 
     Under jit what isn't used isn't computed. With ``train=True`` the model's dropout is on and
     needs ``key``.
@@ -77,8 +80,11 @@ def model(
     wanted = {_checks.choice("outputs", name, EVERY) for name in outputs}
     if inputs is not None and not callable(inputs):
         raise TypeError(f"inputs must be a function of the batch, got {_checks.describe(inputs)}.")
+    logits = "logits" in wanted
     network = (
-        Bert(config, remat=remat) if isinstance(config, BertConfig) else GPT2(config, remat=remat)
+        Bert(config, remat=remat, logits=logits)
+        if isinstance(config, BertConfig)
+        else GPT2(config, remat=remat, logits=logits)
     )
     inner = from_linen(network, dtype=dtype, inputs=inputs or entries, outputs=lambda found: found)
 

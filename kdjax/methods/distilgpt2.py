@@ -13,18 +13,23 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from kdjax import _checks, terms
-from kdjax._pairs import Batch, Method, Model
+from kdjax._pairs import Batch, Method, Model, Term, Tree, ratio
 from kdjax.core import distill
-from kdjax.terms._outputs import Number
+from kdjax.terms._layers import real_tokens
+from kdjax.terms._outputs import Number, checked
 
 __all__ = ["LAYERS", "distilbert", "distilgpt2", "optimizer"]
 
 Augment = Callable[[jax.Array, Batch], Batch]
+Fused = Callable[..., Term]
+BALANCE = "soft_tokens_per_hard_token"
 LAYERS = (0, 2, 4, 7, 9, 11)
 """The layers of 12 that the published students start from."""
 
@@ -39,12 +44,14 @@ def distilgpt2(
     alpha_mse: Number = 0.0,
     temperature: Number = 2.0,
     labels: str = "input_ids",
+    fused: Fused | None = None,
     augment: Augment | None = None,
 ) -> Method:
     """A decoder from a decoder.
 
     Args:
-      student: with outputs ``logits`` and ``hidden``, such as ``kdjax.lm.model(config)``.
+      student: with outputs ``logits`` and ``hidden``, such as ``kdjax.lm.model(config)``; for
+        ``fused`` see there.
       teacher: the same, as wide if ``alpha_cos`` isn't 0.
       alpha_ce: weight of the divergence; 0 for some of the weights leaves their terms out. All may
         be arrays or schedules.
@@ -53,6 +60,10 @@ def distilgpt2(
       alpha_mse: weight of the logits' squared differences.
       temperature: of the divergence, above 0.
       labels: batch entry of labels [B, L], shifted here.
+      fused: `kdjax.lm.fused_distillation`, or a partial of it, for the same loss and gradients
+        without logits of the whole batch; student and teacher then need no logits:
+        ``kdjax.lm.model(config, outputs=("head_input", "head", "hidden"))``. Needs ``alpha_mse``
+        0; divergence and cross-entropy are one metric, ``loss/fused``.
       augment: ``(key, batch) -> batch`` inside the update.
 
     Returns:
@@ -81,6 +92,11 @@ def distilgpt2(
     Reference:
       Sanh et al., 2019, section 2; the published code (distiller.py).
     """
+    if fused is not None:
+        weights = {"ce": alpha_ce, "lm": alpha_lm, "cos": alpha_cos, "mse": alpha_mse}
+        return _fused(
+            student, teacher, fused, weights, True, temperature, "tokens", labels, augment
+        )
     pairs = terms.distil_triple(
         causal=True,
         alpha_ce=alpha_ce,
@@ -104,6 +120,7 @@ def distilbert(
     temperature: Number = 2.0,
     restrict_to_masked: bool = False,
     labels: str = "labels",
+    fused: Fused | None = None,
     augment: Augment | None = None,
 ) -> Method:
     """A masked language model from another.
@@ -118,6 +135,7 @@ def distilbert(
       temperature: of the divergence, above 0.
       restrict_to_masked: divergence and squares of masked tokens only.
       labels: batch entry of labels [B, L], -100 where nothing is masked.
+      fused: as in `distilgpt2`; the models' outputs are ``head_bias``, too.
       augment: ``(key, batch) -> batch`` inside the update: `kdjax.lm.mask_tokens`.
 
     Returns:
@@ -139,6 +157,10 @@ def distilbert(
     Reference:
       Sanh et al., 2019, section 2; the published code (distiller.py).
     """
+    if fused is not None:
+        weights = {"ce": alpha_ce, "lm": alpha_lm, "cos": alpha_cos, "mse": alpha_mse}
+        count = "labels" if restrict_to_masked else "tokens"
+        return _fused(student, teacher, fused, weights, False, temperature, count, labels, augment)
     pairs = terms.distil_triple(
         causal=False,
         alpha_ce=alpha_ce,
@@ -150,6 +172,87 @@ def distilbert(
         labels=labels,
     )
     return distill(student, teacher, pairs, augment=augment)
+
+
+def _fused(
+    student: Model,
+    teacher: Model | None,
+    fused: Fused,
+    weights: dict[str, Number],
+    causal: bool,
+    temperature: Number,
+    count: str,
+    labels: str,
+    augment: Augment | None,
+) -> Method:
+    """The objective with divergence and cross-entropy in one Term that makes no logits."""
+    if not callable(fused):
+        raise TypeError(
+            "fused must be None or a function that makes a Term, kdjax.lm.fused_distillation, got "
+            f"{_checks.describe(fused)}."
+        )
+    for name, weight in weights.items():
+        checked(f"alpha_{name}", weight, low=0)
+    if not _is_zero(weights["mse"]):
+        raise ValueError(
+            "alpha_mse must be 0 with fused=, which has no logits to compare, got "
+            f"{_checks.describe(weights['mse'])}."
+        )
+    pairs: dict[str, tuple[Number, Term]] = {}
+    if not (_is_zero(weights["ce"]) and _is_zero(weights["lm"])):
+        term = fused(
+            causal=causal,
+            soft_weight=weights["ce"],
+            hard_weight=weights["lm"],
+            temperature=temperature,
+            count=count,
+            balance=BALANCE,
+            labels=labels,
+        )
+        pairs["fused"] = (1.0, term)
+    if not _is_zero(weights["cos"]):
+        pairs["cos"] = (weights["cos"], terms.hidden_cosine())
+    method = distill(student, teacher, pairs, augment=augment)
+
+    def prepare(
+        params: Tree,
+        extra: Tree,
+        batch: Batch,
+        frozen: Tree = None,
+        *,
+        axis_name: str | None = None,
+        **keywords: Any,
+    ) -> Batch:
+        if method.prepare is not None:
+            batch = method.prepare(params, extra, batch, frozen, axis_name=axis_name, **keywords)
+        value = _balance(batch, causal, labels, axis_name)
+        return {**batch, BALANCE: value}
+
+    return method._replace(prepare=prepare)
+
+
+def _balance(batch: Batch, causal: bool, name: str, axis_name: str | None) -> jax.Array:
+    """[B], in every row: the real tokens of the whole batch divided by those with a target.
+
+    Microbatches can't know it: they are cut from the batch that ``prepare`` returns.
+    """
+    ids = _checks.integer(f"batch[{name!r}]", _checks.entry("batch", batch, name), ndim=2)
+    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
+    real = real_tokens(batch, "attention_mask", *ids.shape)
+    known = real & (ids != -1) & (ids != -100)
+    if causal:
+        known = known[:, 1:] & real[:, :-1]
+    counts = jnp.stack([real.sum(1), known.sum(1)], axis=1).astype(float)
+    if "weight" in batch:
+        counts = counts * jnp.asarray(batch["weight"], counts.dtype)[:, None]
+    soft, hard = counts.sum(0)
+    if axis_name is not None:
+        soft, hard = jax.lax.psum((soft, hard), axis_name)
+    return jnp.broadcast_to(ratio(soft, hard, empty=1.0), ids.shape[:1])
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
 
 
 def optimizer(

@@ -177,7 +177,7 @@ def optimizer(
       An optax transformation.
 
     Raises:
-      ValueError: ``steps`` below 1, an unknown schedule, or a share out of range.
+      ValueError: ``steps`` below 1, an unknown schedule, or a number out of its range.
 
     Example:
       >>> import kdjax as kd
@@ -189,6 +189,9 @@ def optimizer(
     steps = _checks.count("steps", steps)
     _checks.choice("schedule", schedule, ("constant", "linear"))
     _checks.number("warm_up", warm_up, low=0, below=1)
+    _checks.number("learning_rate", learning_rate, low=0)
+    _checks.number("weight_decay", weight_decay, low=0)
+    _checks.number("clip", clip, above=0)
     rate: Any = learning_rate
     if schedule == "linear":
         rise = round(warm_up * steps)
