@@ -157,7 +157,7 @@ def _table(found: condense.Report, worth: Sequence[str], cost: bool) -> Table:
         if row.name == NOTHING:
             cells = [""] * 4
         figures = [_figure(name, row.figures.get(name)) for name in worth]
-        label = "nothing" if row.name == NOTHING else row.name
+        label = "no pre-training" if row.name == NOTHING else row.name
         style = "bold" if row.name == LEARNED else ""
         table.add_row(label, *(cells if cost else []), *figures, style=style)
     return table

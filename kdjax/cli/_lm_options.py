@@ -9,7 +9,7 @@ import dataclasses
 from typing import Annotated
 
 from kdjax.cli._condense_options import _Flag, _of
-from kdjax.cli._options import Amount, Folder
+from kdjax.cli._options import Amount, Count, Folder
 
 Files = Annotated[tuple[str, ...] | None, _of("FILE [FILE ...]")]
 Layers = Annotated[tuple[int, ...] | None, _of("INT [INT ...]")]
@@ -23,8 +23,8 @@ class LMText:
     """Text files, or folders of *.txt; default the text of Python's own documentation."""
     lines: Annotated[bool, *_Flag] = False
     """Each line is a text of its own."""
-    length: int = 64
-    """Tokens of a row."""
+    length: Count = None
+    """Tokens of a row; default 64, or as many as the teacher has positions for."""
     share: Amount = None
     """Of the training text, what students see; default all of it, of Python's documentation 0.05:
     with little text a teacher is worth most."""

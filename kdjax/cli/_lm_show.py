@@ -121,8 +121,15 @@ def verdict(found: language.Report) -> str:
         f"Beside the same text the teacher {way} the student's perplexity by {share:.1f} % "
         f"({alone.mean:.3g} to {distilled.mean:.3g}{_doubt(gain)}); without a single label the "
         f"student comes to {free.mean:.3g}, the teacher is at "
-        f"{found.row('teacher').figure.mean:.3g}."
+        f"{found.row('teacher').figure.mean:.3g}{_guessing(found)}."
     )
+
+
+def _guessing(found: language.Report) -> str:
+    """A teacher that knows less than nothing of this text."""
+    if found.row("teacher").figure.mean < found.vocabulary:
+        return ""
+    return f", which is worse than guessing among all {found.vocabulary:,} tokens"
 
 
 def _doubt(gain: Estimate) -> str:

@@ -106,7 +106,7 @@ def over_seeds(name: str, scores: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def snippet(report: Report, folder: Path | None = None) -> str:
-    """Five lines of Python that load the pairs and pre-train on them.
+    """A few lines of Python that load the pairs, pre-train on them and use the network.
 
     Args:
       report: the result.
@@ -117,10 +117,12 @@ def snippet(report: Report, folder: Path | None = None) -> str:
     return f"""\
 import jax, numpy as np, kdjax as kd
 from kdjax.experiments import condense
-pairs = dict(np.load({str(file)!r}))  # image, target; the network reads (x - mean) / std
+pairs = dict(np.load({str(file)!r}))  # image, target; mean and std of the pixels
 net = kd.from_linen(kd.models.PooledConvNet({report.features}, widths={widths}))
 variables = condense.pretrain(net, pairs, epochs={report.settings["pretrain_epochs"]}, \
 key=jax.random.key(0))
+images = kd.data.digits().read("test")["image"]  # yours, in [0, 1]
+found = condense.outputs(net, variables, (images - pairs["mean"]) / pairs["std"])
 """
 
 

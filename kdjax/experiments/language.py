@@ -63,6 +63,7 @@ class Report(NamedTuple):
       figure: what ``Row.figure`` is: "perplexity" (lower is better) or "cosine".
       rows: models, the teacher first.
       costs: of "teacher" and "student": parameters, bytes, latency_ms, tokens_per_second.
+      vocabulary: of the models.
       text: tokens to train the teacher on, the students, and held out.
       sample: a prompt, and how teacher and distilled student go on; empty if not "causal".
       settings: the arguments, filled in.
@@ -75,6 +76,7 @@ class Report(NamedTuple):
     figure: str
     rows: list[Row]
     costs: dict[str, dict[str, float]]
+    vocabulary: int
     text: dict[str, int]
     sample: dict[str, str]
     settings: dict[str, Any]
@@ -104,7 +106,7 @@ def compare(
     out: str | os.PathLike[str],
     teacher: str | os.PathLike[str] | None = None,
     lines: bool = False,
-    length: int = 64,
+    length: int | None = None,
     layers: Sequence[int] | None = None,
     share: float | None = None,
     steps: int = 300,
@@ -130,7 +132,7 @@ def compare(
       out: folder for models and the report.
       teacher: a Hugging Face folder of a BERT, DistilBERT or GPT-2; None trains a GPT-2 on bytes.
       lines: whether each line is a text of its own.
-      length: tokens of a row.
+      length: tokens of a row; None is 64, or as many as the teacher has positions for.
       layers: of the teacher that the student starts from, counted from 0; None takes half of them,
         the first and the last among them.
       share: of the training text that students see; None is all, of the text of Python's
@@ -167,7 +169,7 @@ def compare(
         "files": None if files is None else _named(files),
         "teacher": None if teacher is None else str(Path(teacher).expanduser().absolute()),
         "lines": lines,
-        "length": _checks.count("length", length, low=4),
+        "length": 64 if length is None else _checks.count("length", length, low=4),
         "layers": None if layers is None else [int(i) for i in layers],
         "share": share,
         "steps": _checks.count("steps", steps),
@@ -195,8 +197,10 @@ def compare(
     known = None if teacher is None else lm.load_checkpoint(choices["teacher"])
     start = _config(choices) if known is None else known[0]
     kind = _kind(start)
+    if length is None:
+        choices["length"] = min(choices["length"], start.max_positions)
     choices["layers"] = _layers(choices["layers"], start.num_layers)
-    if length > start.max_positions:
+    if choices["length"] > start.max_positions:
         raise ValueError(
             f"length must be at most {start.max_positions}, the teacher's positions, got {length}."
         )
@@ -227,6 +231,9 @@ def _run(job: _Job, ledger: Ledger, progress: bool) -> Report:
     bar = Progress(total, show=progress)
     try:
         job = _with_teacher(job, bar, first)
+        known = _figure(job, job.config, job.params)
+        bar.begin("teacher on held-out text", 0)
+        bar.end(f"{_figure_name(job)} {known:.4g}")
         found = {
             name: [_student(job, name, seed, bar, size) for seed in choices["seeds"]]
             for name in names
@@ -237,7 +244,7 @@ def _run(job: _Job, ledger: Ledger, progress: bool) -> Report:
     rows = [
         Row(
             TEACHER,
-            measures.estimate([_figure(job, job.config, job.params)]),
+            measures.estimate([known]),
             measures.estimate([seconds]),
             [str(job.folder / "teacher" if first else job.source)],
         )
@@ -254,12 +261,13 @@ def _run(job: _Job, ledger: Ledger, progress: bool) -> Report:
     chosen = lm.load_checkpoint(found[DISTILLED][0]["folder"])
     return Report(
         kind=job.kind,
-        figure="cosine" if job.kind == "body" else "perplexity",
+        figure=_figure_name(job),
         rows=rows,
         costs={
             "teacher": measuring.cost(job.config, job.params, choices["length"]),
             "student": measuring.cost(*chosen, choices["length"]),
         },
+        vocabulary=job.config.vocab_size,
         text={
             "teacher": _tokens(job.splits["teacher"], "train"),
             "students": _tokens(job.splits["student"], "train"),
@@ -319,8 +327,12 @@ def _student(job: _Job, name: str, seed: int, bar: Progress, size: float) -> dic
         runs.write_json(file, {"figure": figure, "seconds": seconds, "folder": str(folder)})
     found = runs.read_json(file)
     if name != COPIED:
-        bar.end(f"{'cosine' if job.kind == 'body' else 'perplexity'} {found['figure']:.4g}")
+        bar.end(f"{_figure_name(job)} {found['figure']:.4g}")
     return found
+
+
+def _figure_name(job: _Job) -> str:
+    return "cosine" if job.kind == "body" else "perplexity"
 
 
 def _figure(job: _Job, config: Any, params: Any) -> float:

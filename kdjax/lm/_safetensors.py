@@ -64,6 +64,11 @@ def write(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     partial = file.with_name(f".{file.name}")
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_file(arrays, str(partial), metadata={"format": "pt"})
+    # The library writes files that only their owner can read.
+    beside = file.with_name(f".{file.name}.mode")
+    beside.touch()
+    partial.chmod(beside.stat().st_mode)
+    beside.unlink()
     partial.replace(file)
 
 
