@@ -74,17 +74,20 @@ def run(options: Condense, out: Path) -> int:
         ]
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; continue with: kdjax condense --resume --out {out}") from None
-    _condense_show.report(report, out, figures, _same_data(options))
+    _condense_show.report(report, out, figures, _same_settings(options))
     return 0
 
 
-def _same_data(options: Condense) -> list[str]:
-    """The options that name the data, as they were typed."""
+def _same_settings(options: Condense) -> list[str]:
+    """The options that the next run should have, too: all that were typed but for its size."""
     found = []
-    for name, value in dataclasses.asdict(options.data).items():
-        if value is not None and (name, value) != ("data", "digits"):
+    for kind in (options.data, options.method, options.evaluation):
+        for field in dataclasses.fields(kind):
+            value = getattr(kind, field.name)
+            if value == field.default or field.name in ("pairs", "seeds"):
+                continue
             words = value if isinstance(value, tuple) else (value,)
-            found += ["--" + name.replace("_", "-"), *(shlex.quote(word) for word in words)]
+            found += ["--" + field.name.replace("_", "-"), *(shlex.quote(str(w)) for w in words)]
     return found
 
 
@@ -110,11 +113,17 @@ def _classes(name: str, given: tuple[str, ...] | None, num_classes: int) -> list
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
         if match is None:
             raise ValueError(
-                f"--{name.replace('_', '-')} must be class numbers and ranges such as 0-4, or all; "
-                f"got {word!r}."
+                f"--{name.replace('_', '-')} must be class numbers and ranges such as 0-4, or all "
+                f"alone; got {word!r}."
             )
         first = int(match[1])
-        found += range(first, int(match[2] or first) + 1)
+        last = int(match[2] or first)
+        if not first <= last < num_classes:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be classes from 0 to {num_classes - 1}, ranges "
+                f"from the lower to the higher; got {word!r}."
+            )
+        found += range(first, last + 1)
     return found
 
 

@@ -89,7 +89,7 @@ class CondenseEvaluation:
     fine_tune_steps: int = 200
     """Updates of fine-tuning on 5 labels per class."""
     draws: int = 20
-    """Of the labelled images for 1 and 5 shots; fine-tuning takes three of them."""
+    """Of the labelled images for 1 and 5 shots; fine-tuning takes up to three of them."""
     seeds: int = 1
     """Condensings from seeds 0, 1, ..., each with all it is compared with; one gives no standard
     errors."""

@@ -36,7 +36,7 @@ def report(
       found: the report.
       out: the folder.
       figures: those that were drawn.
-      given: options that name the same data.
+      given: options that the next run should have, too.
     """
     console = Console()
     settings, images = found.settings, found.images
@@ -76,7 +76,7 @@ def report(
 
 
 def _next(found: condense.Report, given: Sequence[str], out: Path) -> list[tuple[str, str]]:
-    """What to type next, with the same data and target network, and why."""
+    """What to type next, with the same settings and target network, and why."""
     settings = found.settings
     same = " ".join(
         [*given, "--target", str(out if settings["target"] is None else settings["target"])]
@@ -157,7 +157,7 @@ def _table(found: condense.Report, worth: Sequence[str], cost: bool) -> Table:
         if row.name == NOTHING:
             cells = [""] * 4
         figures = [_figure(name, row.figures.get(name)) for name in worth]
-        label = "no pre-training" if row.name == NOTHING else row.name
+        label = "nothing" if row.name == NOTHING else row.name
         style = "bold" if row.name == LEARNED else ""
         table.add_row(label, *(cells if cost else []), *figures, style=style)
     return table
@@ -178,8 +178,8 @@ def _footnotes(found: condense.Report) -> list[str]:
         f"R2: share of the variance of the target network's features that is explained on held-out "
         f"images ({found.images['source_test']:,} of the source"
         + ("" if _same(found) else f", {found.images['target_test']:,} of the target classes")
-        + f"). Accuracies: on target classes, {settings['draws']} draws of labelled images (3 for "
-        "fine-tuning), the same for every set."
+        + f"). Accuracies: on target classes, {settings['draws']} draws of labelled images "
+        f"({min(3, settings['draws'])} for fine-tuning), the same for every set."
     ]
     if len(found.seeds) > 1:
         sentences.append(

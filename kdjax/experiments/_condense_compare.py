@@ -111,7 +111,7 @@ def compare(
       solver: of the regression, as in `kdjax.methods.krr_st.krr_st`; resuming may change it.
       pretrain_epochs: passes over the pairs; sets of other sizes get as many updates.
       fine_tune_steps: updates of fine-tuning on 5 labels per class.
-      draws: of the labelled images for the few-shot probes; fine-tuning takes three of them.
+      draws: of the labelled images for the few-shot probes; fine-tuning takes up to three of them.
       seeds: how many seeds (0, 1, ...), or which: of the start, the condensing and the
         pre-training. The target network is the same for all.
       resume: go on where the same call in ``out`` stopped.

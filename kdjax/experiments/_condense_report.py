@@ -121,8 +121,7 @@ pairs = dict(np.load({str(file)!r}))  # image, target; mean and std of the pixel
 net = kd.from_linen(kd.models.PooledConvNet({report.features}, widths={widths}))
 variables = condense.pretrain(net, pairs, epochs={report.settings["pretrain_epochs"]}, \
 key=jax.random.key(0))
-images = kd.data.digits().read("test")["image"]  # yours, in [0, 1]
-found = condense.outputs(net, variables, (images - pairs["mean"]) / pairs["std"])
+features = condense.outputs(net, variables, pairs["image"])  # yours: (images - mean) / std
 """
 
 

@@ -267,6 +267,7 @@ def trained_target(
     per_epoch = len(image) // size
     steps = choices["target_epochs"] * per_epoch
     about = {name: choices[name] for name in ("target_model", "target_widths", "target_epochs")}
+    about["steps"] = steps
     about |= {"mean": task.mean.tolist(), "std": task.std.tolist(), "shape": list(image.shape[1:])}
     runs.write_json(folder / _TARGET, about)
     backbone = _backbone(about["target_model"], tuple(about["target_widths"] or ()))
@@ -322,7 +323,13 @@ def given_target(folder: str | os.PathLike[str], dataset: kdata.Dataset) -> Targ
         )
     backbone = _backbone(about["target_model"], tuple(about["target_widths"] or ()))
     mean, std = (np.asarray(about[name], np.float32) for name in ("mean", "std"))
-    variables = train.load_student(inside[0])
+    try:
+        variables = train.load_student(inside[0], step=about["steps"])
+    except ValueError:
+        raise ValueError(
+            f"target must be a trained network, got {folder}, whose training did not come to its "
+            f"last update {about['steps']}; resume that run first."
+        ) from None
     return Target(_features(backbone), variables, mean, std, f"{words(about)}, of {folder}")
 
 

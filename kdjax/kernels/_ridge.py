@@ -239,7 +239,12 @@ def same_width(name: str, x: jax.Array, other: str, like: jax.Array) -> None:
 def solve_dtype_of(wanted: Any, default: Any) -> Any:
     if wanted is None:
         return default
-    dtype = jnp.dtype(wanted)
+    try:
+        dtype = jnp.dtype(wanted)
+    except TypeError:
+        raise TypeError(
+            f"solve_dtype must be float32 or float64, got {_checks.describe(wanted)}."
+        ) from None
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "solve_dtype must be float32 while x64 is off (jax.config.update('jax_enable_x64', "

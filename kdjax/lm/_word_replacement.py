@@ -88,7 +88,7 @@ def replace_words(
       rate: probability of a replacement, 0 to 1.
       candidates: how many the likeliest or nearest words are. Word endings and special tokens
         among a masked language model's are dropped, the word itself is not.
-      stop_words: words that stay, in lower case; by default `STOP_WORDS`, those published.
+      stop_words: words that stay, in lower case; by default the 127 English ones published.
       seed: of all draws. What becomes of a text depends on the seed and its place only.
       batch_size: texts that the masked language model reads at a time.
       progress: whether to show a bar.
@@ -113,9 +113,9 @@ def replace_words(
       >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
       >>> vectors = {"good": [1, 0.1], "fine": [1, 0], "film": [0, 1], "movie": [0.1, 1]}
       >>> kd.lm.replace_words(
-      ...     ["the good film!"], tokenizer, vectors=vectors, candidates=1, copies=9
+      ...     ["the good film!"], tokenizer, vectors=vectors, candidates=1, copies=1, rate=1.0
       ... )
-      [['the good movie!', 'the fine film!', 'the fine movie!']]
+      [['the fine movie!']]
 
     Reference:
       X. Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", Findings of

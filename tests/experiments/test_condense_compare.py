@@ -106,7 +106,7 @@ def test_manifest_loads_the_pairs_that_were_judged(done, monkeypatch):
     assert found["versions"]["kdjax"] == kd.__version__
     assert found["settings"]["pairs"] == 6
     assert found["arrays"]["image"]["shape"] == [6, 6, 6, 1]
-    assert len(found["load"]) == 5
+    assert len(found["load"]) == 6
     names = {}
     exec("\n".join(found["load"]), names)
     real = columns(1, 40)

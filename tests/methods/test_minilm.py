@@ -16,7 +16,7 @@ from kdjax.methods import minilm
 KEY = jax.random.key(0)
 OUTPUTS = ("scores", "queries", "keys", "values")
 BIG = lm.BertConfig(
-    vocab_size=40, hidden_size=24, num_layers=3, num_heads=3, intermediate_size=16,
+    vocab_size=40, hidden_size=24, num_layers=2, num_heads=3, intermediate_size=16,
     max_positions=8, hidden_dropout=0.0, attention_dropout=0.0, pooler=False,
 )  # fmt: skip
 SMALL = dataclasses.replace(BIG, hidden_size=12, num_layers=2)
@@ -77,10 +77,10 @@ def test_first_form_is_attention_and_value_relations(batch, frozen):
     student = noisy(SMALL, 20)
     s, t = outputs(SMALL, student, batch), outputs(BIG, frozen, batch)
     real = batch["attention_mask"] != 0
-    attention = losses.attention_kl(s["scores"][-1], t["scores"][1], where=real)
-    values = losses.relation_kl(s["values"][-1], t["values"][1], relation_heads=3, where=real)
+    attention = losses.attention_kl(s["scores"][-1], t["scores"][0], where=real)
+    values = losses.relation_kl(s["values"][-1], t["values"][0], relation_heads=3, where=real)
     method = minilm.minilm(
-        net(SMALL), net(BIG), heads=3, teacher_layer=1, attention=0.5, values=2.0
+        net(SMALL), net(BIG), heads=3, teacher_layer=0, attention=0.5, values=2.0
     )
     total, metrics, _ = measured(method, student, batch, frozen)
     assert sorted(metrics) == ["loss", "loss/attention", "loss/values"]
@@ -182,7 +182,7 @@ def test_bad_input(batch, frozen):
     two = dataclasses.replace(SMALL, num_heads=2)
     refused("as many heads.*relation_kl", "minilm", two, heads=2)
     refused("relation_heads must divide the width 12 of student", "minilmv2", relation_heads=8)
-    refused("teacher_layer", "minilmv2", relation_heads=4, teacher_layer=3)
+    refused("teacher_layer", "minilmv2", relation_heads=4, teacher_layer=2)
     with pytest.raises(ValueError, match="relation_heads"):
         minilm.minilmv2(net(SMALL), net(BIG), relation_heads=0)
     with pytest.raises(ValueError, match="heads"):

@@ -15,11 +15,11 @@ from kdjax.methods import tinybert
 
 KEY = jax.random.key(0)
 BIG = lm.BertConfig(
-    vocab_size=40, hidden_size=12, num_layers=4, num_heads=3, intermediate_size=16,
+    vocab_size=40, hidden_size=12, num_layers=2, num_heads=3, intermediate_size=16,
     max_positions=8, head="sequence", num_labels=3,
 )  # fmt: skip
 SMALL = dataclasses.replace(
-    BIG, hidden_size=6, num_layers=2, intermediate_size=8, hidden_dropout=0.0, attention_dropout=0.0
+    BIG, hidden_size=6, num_layers=1, intermediate_size=8, hidden_dropout=0.0, attention_dropout=0.0
 )
 TEACHER, STUDENT = lm.model(BIG), lm.model(SMALL)
 
@@ -151,7 +151,7 @@ def by_hand(params, frozen, batch, reduction, shared):
         )
 
     attention = hidden = 0.0
-    for i, j in ((0, 1), (1, 3)):
+    for i, j in ((0, 1),):
         ours, theirs = (np.moveaxis(np.asarray(x), 1, -1) for x in (s["scores"][i], t["scores"][j]))
         if reduction == "masked":
             pairs = real[:, :, None] & real[:, None]
@@ -159,7 +159,7 @@ def by_hand(params, frozen, batch, reduction, shared):
         else:  # masked keys are 0 on both sides, and every pair counts
             keys = np.broadcast_to(real[:, None], real.shape + real.shape[-1:])[..., None]
             attention += np.mean(np.where(keys, ours - theirs, 0) ** 2)
-    for i, j in ((0, 0), (1, 2), (2, 4)):
+    for i, j in ((0, 0), (1, 2)):
         gap = projected(i) - np.asarray(t["hidden"][j])
         hidden += np.mean((gap[real] if reduction == "masked" else gap) ** 2)
     return attention, hidden
@@ -175,7 +175,7 @@ def test_first_stage_is_the_sum_of_its_terms(frozen, batch, reduction, shared, b
     params, extra = method.init(KEY, batch, frozen)
     own = params["terms"]["hidden"]
     assert set(own if shared else own["0"]) == ({"kernel", "bias"} if bias else {"kernel"})
-    assert shared or set(own) == {"0", "1", "2"}
+    assert shared or set(own) == {"0", "1"}
     params = jax.tree.map(lambda x: x + 0.1, params)  # so that biases aren't 0
     total, metrics = value(method, params, extra, batch, frozen)
     attention, hidden = by_hand(params, frozen, batch, reduction, shared)
@@ -264,7 +264,7 @@ def test_second_stage_starts_from_the_first(frozen, batch):
     still = jax.tree.map(lambda a, b: bool((a == b).all()), start, state.params["student"])
     assert still.pop("head") == {"bias": True, "kernel": True}
     assert still.pop("pooler") == {"bias": True, "kernel": True}
-    assert not any(still["layer_1"]["ffn"]["down"].values())
+    assert not any(still["layer_0"]["ffn"]["down"].values())
     body = state.params["student"]
     method = tinybert.prediction(kd.started(STUDENT, (body, {})), TEACHER)
     second = kd.minimize(method, tinybert.optimizer(steps=30, learning_rate=1e-2))
@@ -325,8 +325,8 @@ def test_bad_input(frozen, batch):
 
     refused("student_layers must divide", lambda: started(dataclasses.replace(SMALL, num_layers=3)))
     refused("as many heads.*relation_kl", lambda: started(dataclasses.replace(SMALL, num_heads=2)))
-    refused("layers, of the teacher", lambda: started(layers=(1, 4)))
-    refused("layers must have one", lambda: started(layers=(1,)))
+    refused("layers, of the teacher", lambda: started(layers=(2,)))
+    refused("layers must have one", lambda: started(layers=(1, 1)))
     refused("reduction", lambda: tinybert.intermediate(STUDENT, TEACHER, reduction="mean"))
     refused("reduction", lambda: tinybert.prediction(STUDENT, TEACHER, reduction="mean"))
     refused("temperature", lambda: tinybert.prediction(STUDENT, TEACHER, temperature=0.0))
