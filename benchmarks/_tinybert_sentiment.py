@@ -224,7 +224,7 @@ def answered(task: Task, teacher: Teacher) -> kdjax.data.Dataset:
             task.tokenizer.decode(row[mask != 0].tolist())
             for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        vectors = lm.input_vectors(teacher.config, teacher.params, task.tokenizer, texts)
+        vectors = lm.input_vectors(teacher.config, teacher.params, task.tokenizer, texts=texts)
         found = lm.replace_words(
             texts, task.tokenizer, vectors=vectors, copies=settings.copies, progress=True
         )

@@ -10,6 +10,7 @@ from kdjax.lm._model import model
 from kdjax.lm._sampler import sampler
 from kdjax.lm._take_layers import take_layers
 from kdjax.lm._tokenizer import load_tokenizer
+from kdjax.lm._word_replacement import input_vectors, replace_words
 
 __all__ = [
     "BertConfig",
@@ -19,11 +20,13 @@ __all__ = [
     "fused_distillation",
     "fused_linear_kd",
     "generate",
+    "input_vectors",
     "load_checkpoint",
     "load_tokenizer",
     "mask_tokens",
     "model",
     "read_config",
+    "replace_words",
     "sampler",
     "save_checkpoint",
     "take_layers",

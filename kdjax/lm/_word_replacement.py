@@ -151,7 +151,7 @@ def replace_words(
 
 
 def input_vectors(
-    config: BertConfig, params: Tree, tokenizer: Any, texts: Iterable[str] = ()
+    config: BertConfig, params: Tree, tokenizer: Any, *, texts: Iterable[str] = ()
 ) -> dict[str, np.ndarray]:
     """Word vectors from a model's input embeddings, for `replace_words` where there are no others.
 
@@ -173,7 +173,7 @@ def input_vectors(
       >>> import kdjax as kd
       >>> def vectors_of(folder, texts):
       ...     config, params = kd.lm.load_checkpoint(folder)
-      ...     return kd.lm.input_vectors(config, params, kd.lm.load_tokenizer(folder), texts)
+      ...     return kd.lm.input_vectors(config, params, kd.lm.load_tokenizer(folder), texts=texts)
     """
     table = np.asarray(params["embeddings"]["word"]["embedding"], np.float32)
     vocabulary = _tokenizer(tokenizer).get_vocab()

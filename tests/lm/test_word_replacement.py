@@ -137,7 +137,7 @@ def test_vectors_of_the_input_embeddings(masked_lm, tokenizer):
     plain = input_vectors(config, params, tokenizer)
     np.testing.assert_array_equal(plain["value"], table[tokenizer.token_to_id("value")])
     assert not {"movies", "[MASK]", "##s", "12", "!"} & set(plain)
-    known = input_vectors(config, params, tokenizer, ["Movies!"])
+    known = input_vectors(config, params, tokenizer, texts=["Movies!"])
     ids = tokenizer.encode("movies", add_special_tokens=False).ids
     np.testing.assert_allclose(known["movies"], table[ids].mean(0), rtol=1e-6)
     assert set(known) - set(plain) == {"movies"}
