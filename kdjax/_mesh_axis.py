@@ -20,21 +20,29 @@ def tracks(axis_name: str) -> bool:
     return varies(jax.lax.axis_index(axis_name), axis_name)
 
 
+def axes(*trees: Tree) -> tuple[str, ...]:
+    """The named axes over whose devices any leaf differs, where types record it."""
+    found: set[str] = set()
+    for leaf in jax.tree.leaves(trees):
+        kind = jax.typeof(leaf)
+        own = getattr(kind, "vma", None)
+        found |= set(kind.manual_axis_type.varying if own is None else own)  # jax 0.10's spelling
+    return tuple(sorted(found))
+
+
 def varies(x: Any, axis_name: str) -> bool:
     """Whether the type of ``x`` says that it differs between devices of the axis."""
-    kind = jax.typeof(x)
-    axes = getattr(kind, "vma", None)
-    if axes is None:  # jax 0.10 spells it so
-        axes = kind.manual_axis_type.varying
-    return axis_name in axes
+    return axis_name in axes(x)
 
 
-def vary(tree: Tree, axis_name: str) -> Tree:
-    """Marks every leaf as varying; values stay."""
-    return jax.tree.map(
-        lambda x: x if varies(x, axis_name) else jax.lax.pcast(x, axis_name, to="varying"),
-        tree,
-    )
+def vary(tree: Tree, *axis_names: str) -> Tree:
+    """Marks every leaf as varying over all of these axes; values stay."""
+
+    def one(x: jax.Array) -> jax.Array:
+        lacking = tuple(name for name in axis_names if not varies(x, name))
+        return jax.lax.pcast(x, lacking, to="varying") if lacking else x
+
+    return jax.tree.map(one, tree)
 
 
 def agree(tree: Tree, axis_name: str) -> Tree:

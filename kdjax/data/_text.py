@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def text(
 
     Packed, all text follows one another and is cut into rows of ``length`` tokens; what doesn't
     fill a row at the end is dropped. Otherwise every document or line has rows of its own, padded
-    on the right.
+    on the right. Documents without any token are left out.
 
     Args:
       files: a file, a folder (its ``*.txt`` in the order of their names), or several of either. A
@@ -79,17 +79,18 @@ def text(
       >>> dataset.size("train"), dataset.size("validation"), dataset.shape
       (12, 1, (32,))
     """
-    length = _checks.count("length", length, low=1 + len(start) + len(end))
+    first, last = _special("start", start), _special("end", end)
+    length = _checks.count("length", length, low=1 + len(first) + len(last))
     _checks.number("validation", validation, low=0, below=1)
     _checks.choice("long", long, ("split", "cut"))
     labelled = isinstance(files, Mapping)
+    seed = _checks.count("seed", seed, low=0)
     if labelled and packed:
         raise ValueError("packed must be False for labelled lines: a row has one label.")
     groups = dict(files) if isinstance(files, Mapping) else {-1: files}
     for label in groups:
         _checks.count("files (a class)", label, low=0 if labelled else -1)
     encoder = _encoder(encode)
-    first, last = (np.asarray([*ids], np.int32) for ids in (start, end))
     rng = np.random.default_rng(seed)
     sides: dict[str, list[tuple[int, Pieces]]] = {"train": [], "validation": []}
     for label, where in groups.items():
@@ -148,21 +149,35 @@ def _encoder(encode: Any) -> Callable[[list[str]], Pieces]:
     return run
 
 
+def _special(name: str, values: Any) -> np.ndarray:
+    found = np.asarray(values)
+    if found.ndim != 1 or not (found.size == 0 or np.issubdtype(found.dtype, np.integer)):
+        raise TypeError(f"{name} must be a list of ids, got {_checks.describe(values)}.")
+    return found.astype(np.int32)
+
+
 def _ids(values: Any) -> np.ndarray:
-    found = np.asarray(values if len(values) else [], np.int64 if not len(values) else None)
+    found = np.asarray(values)
+    if found.shape == (0,):
+        return np.zeros(0, np.int32)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
-        raise TypeError(f"encode must return a list of integers, got {_checks.describe(found)}.")
+        raise TypeError(f"encode must return a list of integers, got {_checks.describe(values)}.")
+    worst = int(found.min()) if found.min() < 0 else int(found.max())
+    if not 0 <= worst < 2**31:
+        raise ValueError(f"encode must return ids from 0 to 2**31 - 1, got {worst}.")
     return found.astype(np.int32)
 
 
 def _found(where: Any) -> list[Path]:
     """The files that were asked for, in order."""
-    each = [where] if isinstance(where, (str, os.PathLike)) else list(where)
+    each = [where] if isinstance(where, (str, os.PathLike)) else where
+    if not isinstance(each, Iterable):
+        raise TypeError(f"files must be one or several paths, got {_checks.describe(where)}.")
     files: list[Path] = []
     for one in each:
         path = Path(one).expanduser()
         if path.is_dir():
-            inside = sorted(path.glob("*.txt"))
+            inside = sorted(file for file in path.glob("*.txt") if file.is_file())
             if not inside:
                 raise ValueError(f"files must be text files or folders of *.txt, got {path}.")
             files += inside
@@ -183,13 +198,17 @@ def _read(file: Path, encoding: str) -> str:
             f"files must be text in {encoding}, got {file}, which is not: {error}; "
             "encoding= names another."
         ) from None
+    except LookupError:
+        raise ValueError(
+            f"encoding must be one that Python knows, got {_checks.describe(encoding)}."
+        ) from None
 
 
 def _split_lines(
     documents: list[str], validation: float, rng: np.random.Generator
 ) -> dict[str, list[str]]:
     """Lines that aren't empty, a random share held out, both sides in their order."""
-    every = [line.strip() for one in documents for line in one.splitlines() if line.strip()]
+    every = [line.strip() for one in documents for line in one.split("\n") if line.strip()]
     held = np.zeros(len(every), bool)
     held[rng.permutation(len(every))[: round(validation * len(every))]] = True
     return {
@@ -230,6 +249,7 @@ def _padded(
         (label, np.concatenate([first, part, last]))
         for label, pieces in found
         for ids in pieces
+        if len(ids)
         for part in _parts(ids, room, cut=cut)
     ]
     ids = np.full((len(rows), length), pad, np.int32)

@@ -107,20 +107,10 @@ def _of_student(found: Cotangents, student: Side) -> Side:
 
 def _like(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
     """Summed over the axes that only the cotangent varies over, in the dtype of the primal."""
-    for axis in _varying(cotangent):
+    for axis in _mesh_axis.axes(cotangent):
         if not _mesh_axis.varies(primal, axis):
             cotangent = jax.lax.psum(cotangent, axis)
-    return marked(cotangent.astype(primal.dtype), _varying(primal))
-
-
-def _varying(*trees: Any) -> tuple[str, ...]:
-    """The named axes that any leaf varies over, where types record it."""
-    found: set[str] = set()
-    for leaf in jax.tree.leaves(trees):
-        kind = jax.typeof(leaf)
-        axes = getattr(kind, "vma", None)
-        found |= set(kind.manual_axis_type.varying if axes is None else axes)
-    return tuple(sorted(found))
+    return marked(cotangent.astype(primal.dtype), _mesh_axis.axes(primal))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,7 +141,7 @@ def _scan(
     coefficients: Coefficients | None,
 ) -> tuple[Values, Cotangents | None]:
     """Values [N] and, given coefficients, the cotangents of their weighted sum."""
-    axes = _varying(student, teacher, hyper, tokens, coefficients)
+    axes = _mesh_axis.axes(student, teacher, hyper, tokens, coefficients)
     outside = tuple(axis for axis in axes if axis != spec.axis)
     # Hidden states that are one for all shards of the vocabulary get the cotangents of all.
     shared = spec.axis is not None and not _mesh_axis.varies(student.hidden, spec.axis)

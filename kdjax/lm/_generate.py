@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kdjax import _checks
+from kdjax import _checks, _mesh_axis
 from kdjax._pairs import Model, Tree
 from kdjax.lm import _gpt2, _model
 from kdjax.lm._config import Config, GPT2Config
@@ -38,7 +38,7 @@ def generate(
         is ``attention_mask``.
       length: tokens to add, at least 1.
       key: for sampling. Without it the likeliest token is taken every time.
-      temperature: of sampling, above 0; traced.
+      temperature: of sampling, above 0; traced, where 0 takes the likeliest token.
       top_k: sample among so many of the likeliest tokens; all by default.
       top_p: sample among the likeliest tokens that together have this probability; traced.
       attention_mask: [B, P], 1 or True for real tokens; all by default. Every prompt needs one.
@@ -89,7 +89,10 @@ def generate(
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if key is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        kept = _likeliest(logits / temperature, top_k, top_p)
+        # With the likeliest at 0 a temperature that falls to 0 in a trace leaves it alone.
+        logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+        lowest = float(jnp.finfo(logits.dtype).tiny)
+        kept = _likeliest(logits / jnp.maximum(temperature, lowest), top_k, top_p)
         found = jax.random.categorical(jax.random.fold_in(key, step), kept, axis=-1)
         return found.astype(jnp.int32)
 
@@ -146,11 +149,10 @@ def _loop(
         following = jnp.where(next_live, following, pad_token)
         return (out["cache"], seen, following, next_live), (token, live)
 
-    # Of the mask, so that it varies over the same devices.
-    live = mask[:, 0] | True
-    carry, (tokens, real) = jax.lax.scan(
-        step, (out["cache"], seen, first, live), jnp.arange(length - 1)
-    )
+    state = out["cache"], seen, first, jnp.ones((batch,), bool)
+    # Under shard_map everything comes to differ between devices as soon as one token does.
+    state = _mesh_axis.vary(state, *_mesh_axis.axes(first))
+    carry, (tokens, real) = jax.lax.scan(step, state, jnp.arange(length - 1))
     tokens = jnp.concatenate([tokens, carry[2][None]]).T
     return tokens, jnp.concatenate([real, carry[3][None]]).T
 

@@ -46,11 +46,11 @@ class SelfAttention(nn.Module):
         queries, keys, values = jnp.split(dense(3 * config.hidden_size, "qkv")(x), 3, axis=-1)
         if past is not None:
             old_keys, old_values, start = past
-            keys = jax.lax.dynamic_update_slice(
-                old_keys, keys.astype(old_keys.dtype), (0, start, 0)
+            keys = jax.lax.dynamic_update_slice_in_dim(
+                old_keys, keys.astype(old_keys.dtype), start, axis=1
             )
-            values = jax.lax.dynamic_update_slice(
-                old_values, values.astype(old_values.dtype), (0, start, 0)
+            values = jax.lax.dynamic_update_slice_in_dim(
+                old_values, values.astype(old_values.dtype), start, axis=1
             )
         scale = root_scale(config.hidden_size // config.num_heads) if config.scale_attention else 1
         context, scores = attend(

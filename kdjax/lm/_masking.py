@@ -38,9 +38,9 @@ def mask_tokens(
       vocab_size: random tokens are below it.
       rate: in [0, 1]; traced.
       special: ids that are never chosen (``[CLS]``, ``[SEP]``, ``[PAD]``).
-      token_weights: [vocab_size], how much likelier than others each id is to be chosen; their mean
-        over the batch's tokens is scaled to 1, so that about ``rate`` is chosen. DistilBERT's code
-        takes counts ** -0.7.
+      token_weights: [vocab_size] from 0 on, how much likelier than others each id is to be chosen;
+        their mean over the batch's tokens is scaled to 1, so that about ``rate`` is chosen.
+        DistilBERT's code takes counts ** -0.7.
       ignore: the label of tokens that aren't chosen.
 
     Returns:
@@ -70,12 +70,13 @@ def mask_tokens(
     if "attention_mask" in batch:
         allowed = jnp.asarray(batch["attention_mask"]) != 0
         _checks.shape("batch['attention_mask']", allowed, ids.shape, "(as input_ids)")
-    if special:
-        allowed &= ~jnp.isin(ids, np.asarray([*special]))
+    if np.size(special):
+        allowed &= ~jnp.isin(ids, _checks.integer("special", np.asarray(special), ndim=1))
     chance = rate
     if token_weights is not None:
         table = _checks.floating("token_weights", token_weights, ndim=1)
         _checks.shape("token_weights", table, (vocab_size,), "(one for each id)")
+        _checks.number("token_weights", table, low=0, scalar=False)
         own = jnp.where(allowed, table[ids].astype(jnp.float32), 0)
         # Per example, so that a row's draws don't depend on the rows beside it.
         count = jnp.maximum(allowed.sum(1, keepdims=True), 1)
@@ -90,7 +91,7 @@ def mask_tokens(
         return (
             jax.random.uniform(choose, ids.shape[1:]),
             jax.random.uniform(replace, ids.shape[1:]),
-            jax.random.randint(random, ids.shape[1:], 0, vocab_size),
+            jax.random.randint(random, ids.shape[1:], 0, vocab_size, ids.dtype),
         )
 
     choose, replace, random = jax.vmap(draw)(keys)

@@ -36,7 +36,7 @@ def sampler(
     Args:
       config: of a GPT-2 with a language-model head.
       length: tokens to add, at least 1.
-      temperature: of sampling, above 0; traced.
+      temperature: of sampling, above 0; traced, where 0 takes the likeliest token.
       top_k: sample among so many of the likeliest tokens; all by default.
       top_p: sample among the likeliest tokens that together have this probability; traced.
       end_token: a completion ends after it.

@@ -128,6 +128,12 @@ def replace_words(
     batch_size = _checks.count("batch_size", batch_size)
     if masked_lm is None and vectors is None:
         raise ValueError("masked_lm or vectors must be given, got neither.")
+    if isinstance(texts, str):
+        raise TypeError(f"texts must be a list of texts, got {_checks.describe(texts)}.")
+    if vectors is not None and not isinstance(vectors, Mapping):
+        raise TypeError(
+            f"vectors must be a dict from word to vector, got {_checks.describe(vectors)}."
+        )
     sides: list[tuple[str, ...]] = [_sides(text) for text in texts]
     flat = [one for each in sides for one in each]
     read = _read(flat, tokenizer, frozenset(stop_words))
@@ -360,10 +366,14 @@ def _nearest(
     words: list[str], vectors: Mapping[str, Any], candidates: int
 ) -> Iterator[tuple[str, list[str]]]:
     """The words whose vectors have the largest cosine with each word's, without itself."""
+    if not words:
+        return
     names = list(vectors)
-    table = np.stack([np.asarray(vectors[name], np.float32) for name in names])
-    if table.ndim != 2:
-        raise ValueError(f"vectors must be of one dimension each, got {_checks.describe(table)}.")
+    each = [np.asarray(vectors[name], np.float32) for name in names]
+    shapes = sorted({one.shape for one in each})
+    if len(shapes) > 1 or len(shapes[0]) != 1:
+        raise ValueError(f"vectors must be of one dimension and length, got shapes {shapes}.")
+    table = np.stack(each)
     table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
     place = {name: i for i, name in enumerate(names)}
     count = min(candidates, len(names) - 1)

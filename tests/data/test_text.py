@@ -64,6 +64,32 @@ def test_lines_are_padded_or_split(files):
     assert len(cut) == 4
 
 
+def test_documents_without_tokens_have_no_rows(tmp_path):
+    """Packed or not; folders may have folders inside."""
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").write_bytes(b"ab\r\n12\r\ncd")
+    (tmp_path / "c.txt").mkdir()
+    options = {"length": 3, "validation": 0, "packed": False, "end": [2]}
+    whole = data.text(tmp_path, letters, **options).read("train")
+    np.testing.assert_array_equal(whole["input_ids"], [[10, 11, 2], [12, 13, 2]])
+    lines = data.text(tmp_path, letters, lines=True, **options).read("train")
+    np.testing.assert_array_equal(lines["input_ids"], whole["input_ids"])
+    np.testing.assert_array_equal(data.text(tmp_path, length=8, validation=0).read("train")
+                                  ["input_ids"], [[*b"ab\n12\ncd"]])  # fmt: skip
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    # What else splits lines for Python stands within sentences of real text.
+    (tmp_path / "a.txt").write_bytes("ab\x0bcd\x85ef\u2028gh\r\nij\n".encode())
+    dataset = data.text(
+        tmp_path / "a.txt", letters, length=8, lines=True, packed=False, validation=0
+    )
+    rows = dataset.read("train")["input_ids"]
+    np.testing.assert_array_equal(rows[0], letters("abcdefgh"))
+    np.testing.assert_array_equal(rows[1][:2], letters("ij"))
+    assert len(rows) == 2
+
+
 def test_lines_are_held_out_by_the_seed(tmp_path):
     (tmp_path / "x.txt").write_text("\n".join(f"{i}" for i in range(100, 200)))
     options = {"length": 3, "packed": False, "lines": True, "validation": 0.3}
@@ -124,6 +150,8 @@ def test_batches_resume_and_the_content_is_known(files):
         ({"long": "drop"}, "long"),
         ({"length": 1000}, "at least one row"),
         ({"encoding": "utf-16"}, "encoding"),
+        ({"encoding": "utf-9"}, "encoding"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_options(changes, words, files):
@@ -139,5 +167,12 @@ def test_bad_files(files):
             data.text(where, length=5)
     with pytest.raises(TypeError, match="encode"):
         data.text(files, 3, length=5)
-    with pytest.raises(TypeError, match="encode"):
-        data.text(files, lambda text: [0.5], length=5)
+    for wrong in ([0.5], None):
+        with pytest.raises(TypeError, match="encode"):
+            data.text(files, lambda text, wrong=wrong: wrong, length=5)
+    for outside in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"encode must return ids .* got {outside}"):
+            data.text(files, lambda text, outside=outside: [outside], length=5)
+    for options in ({"start": 5}, {"end": "x"}, {"files": 3}):
+        with pytest.raises(TypeError, match=next(iter(options))):
+            data.text(**{"files": files, "length": 5, **options})

@@ -192,6 +192,9 @@ def test_bad_input(masked_lm, tokenizer):
 
     refused("masked_lm or vectors")
     refused("texts", TypeError, texts=[3], masked_lm=masked_lm)
+    refused("texts must be a list", TypeError, texts="a value", masked_lm=masked_lm)
+    refused("vectors must be a dict", TypeError, vectors=[1.0])
+    refused("vectors must be of one", vectors={"value": [1.0, 2.0], "good": [1.0]})
     refused("tokenizer", TypeError, tokenizer=str.split, masked_lm=masked_lm)
     refused("masked_lm must be a pair", TypeError, masked_lm=params)
     headless = dataclasses.replace(config, head=None)
