@@ -45,7 +45,7 @@ class LMTeacher:
     """Its attention heads."""
     teacher_steps: int = 600
     """Updates of its training."""
-    teacher_learning_rate: float = 2e-3
+    teacher_learning_rate: float = 4e-3
     """At its peak."""
 
 
@@ -55,7 +55,7 @@ class LMStudent:
 
     layers: Layers = None
     """Layers of the teacher that they start from, from 0; default half of them."""
-    steps: int = 300
+    steps: int = 200
     """Updates."""
     batch_size: int = 16
     """Rows of an update."""

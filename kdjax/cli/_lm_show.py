@@ -67,6 +67,8 @@ def report(found: language.Report, out: Path) -> None:
 
 def _table(found: language.Report) -> Table:
     better = "lower is better" if found.figure == "perplexity" else "1 is the teacher's"
+    if not found.settings["teacher"]:
+        better = f"per byte, {better}"
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model")
     table.add_column(f"held-out {found.figure}\n({better})", justify="right")

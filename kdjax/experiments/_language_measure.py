@@ -6,6 +6,7 @@ import functools
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from kdjax import data as kdata
 from kdjax import lm, losses
 
 _EXAMPLES = 512  # held-out rows, at most
-_TIMES, _THROUGHPUT_BATCH = 7, 16
+_TIMES, _THROUGHPUT_BATCH = 15, 16
 
 
 def documentation() -> str:
@@ -51,7 +52,23 @@ def held_out(
 ) -> float:
     """Perplexity on the held-out text; of a body, the mean cosine with the teacher's states."""
     rows = np.arange(min(_EXAMPLES, dataset.size("validation")))
-    net, known_net = lm.model(student[0]), lm.model(teacher[0])
+    one = _scores(kind, student[0], teacher[0], hide)
+    total, count = 0.0, 0
+    for i in range(0, len(rows), batch_size):
+        chosen = rows[i : i + batch_size]
+        padded = np.concatenate([chosen, np.zeros(batch_size - len(chosen), chosen.dtype)])
+        batch = dataset.read("validation", padded)
+        weight = (np.arange(batch_size) < len(chosen)).astype(np.float32)
+        value, number = one(student[1], teacher[1], {**batch, "weight": weight})
+        total, count = total + float(value), count + int(number)
+    mean = total / max(count, 1)
+    return mean if kind == "body" else math.exp(min(mean, 700))
+
+
+@functools.lru_cache(maxsize=8)
+def _scores(kind: str, config: Any, known: Any, hide: Any) -> Any:
+    """The program for all students of a config: the sum of values and how many there are."""
+    net, known_net = lm.model(config), lm.model(known)
 
     @jax.jit
     def one(params: Any, teacher_params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -70,26 +87,45 @@ def held_out(
                 out["logits"], jnp.where(counted, batch["labels"], -1), where=counted
             )
         else:
-            known, _ = known_net.apply(teacher_params, {}, batch)
-            values = 1 - losses.cosine_distance(out["hidden"][-1], known["hidden"][-1], where=mask)
+            imitated, _ = known_net.apply(teacher_params, {}, batch)
+            values = 1 - losses.cosine_distance(
+                out["hidden"][-1], imitated["hidden"][-1], where=mask
+            )
             counted = mask
         return jnp.where(counted, values, 0).sum(), counted.sum()
 
-    total, count = 0.0, 0
-    for i in range(0, len(rows), batch_size):
-        chosen = rows[i : i + batch_size]
-        padded = np.concatenate([chosen, np.zeros(batch_size - len(chosen), chosen.dtype)])
-        batch = dataset.read("validation", padded)
-        weight = (np.arange(batch_size) < len(chosen)).astype(np.float32)
-        value, number = one(student[1], teacher[1], {**batch, "weight": weight})
-        total, count = total + float(value), count + int(number)
-    mean = total / max(count, 1)
-    return mean if kind == "body" else math.exp(min(mean, 700))
+    return one
 
 
-def cost(config: Any, params: Any, length: int) -> dict[str, float]:
-    """Size and speed of a forward pass."""
-    leaves = jax.tree.leaves(params)
+def costs(models: Mapping[str, tuple[Any, Any]], length: int) -> dict[str, dict[str, float]]:
+    """Size and speed of a forward pass of each model.
+
+    They take turns, so that what else the machine does meets them alike.
+    """
+    programs = {name: _forward(config) for name, (config, _) in models.items()}
+    times: dict[tuple[str, int], list[float]] = {}
+    for rows in (1, _THROUGHPUT_BATCH):
+        ids = jnp.ones((rows, length), jnp.int32)
+        for turn in range(_TIMES + 1):
+            for name, (_, params) in models.items():
+                began = time.perf_counter()
+                jax.block_until_ready(programs[name](params, ids))
+                if turn:  # the first one compiles
+                    times.setdefault((name, rows), []).append(time.perf_counter() - began)
+    found = {}
+    for name, (_, params) in models.items():
+        leaves = jax.tree.leaves(params)
+        one, many = (statistics.median(times[name, rows]) for rows in (1, _THROUGHPUT_BATCH))
+        found[name] = {
+            "parameters": sum(x.size for x in leaves),
+            "bytes": sum(x.size * x.dtype.itemsize for x in leaves),
+            "latency_ms": 1e3 * one,
+            "tokens_per_second": _THROUGHPUT_BATCH * length / many,
+        }
+    return found
+
+
+def _forward(config: Any) -> Any:
     net = lm.model(config, outputs=("logits", "hidden"))
 
     @jax.jit
@@ -97,19 +133,4 @@ def cost(config: Any, params: Any, length: int) -> dict[str, float]:
         out, _ = net.apply(params, {}, {"input_ids": ids})
         return out.get("logits", out["hidden"][-1])
 
-    def median(batch: int) -> float:
-        ids = jnp.ones((batch, length), jnp.int32)
-        jax.block_until_ready(forward(params, ids))
-        times = []
-        for _ in range(_TIMES):
-            began = time.perf_counter()
-            jax.block_until_ready(forward(params, ids))
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
-    return {
-        "parameters": sum(x.size for x in leaves),
-        "bytes": sum(x.size * x.dtype.itemsize for x in leaves),
-        "latency_ms": 1e3 * median(1),
-        "tokens_per_second": _THROUGHPUT_BATCH * length / median(_THROUGHPUT_BATCH),
-    }
+    return forward

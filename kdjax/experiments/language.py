@@ -22,7 +22,7 @@ import optax
 
 from kdjax import _checks, core, lm, terms, train
 from kdjax import data as kdata
-from kdjax._pairs import Method, Model
+from kdjax._pairs import Learner, Method, Model
 from kdjax.experiments import _language_measure as measuring
 from kdjax.experiments import measures, runs
 from kdjax.experiments._robust_progress import Progress
@@ -98,6 +98,7 @@ class _Job(NamedTuple):
     splits: Mapping[str, kdata.Dataset]
     folder: Path
     source: Path | None  # of tokenizer files
+    hide: Any  # BERT's masking
 
 
 def compare(
@@ -109,7 +110,7 @@ def compare(
     length: int | None = None,
     layers: Sequence[int] | None = None,
     share: float | None = None,
-    steps: int = 300,
+    steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     temperature: float = 2.0,
@@ -118,7 +119,7 @@ def compare(
     teacher_width: int = 64,
     teacher_heads: int = 4,
     teacher_steps: int = 600,
-    teacher_learning_rate: float = 2e-3,
+    teacher_learning_rate: float = 4e-3,
     seeds: int | Sequence[int] = 2,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
@@ -211,7 +212,7 @@ def compare(
     splits = _texts(files, choices, tokenizer, folder, kind)
     job = _Job(
         choices, kind, start, None if known is None else known[1], tokenizer, splits, folder,
-        None if known is None else Path(choices["teacher"]),
+        None if known is None else Path(choices["teacher"]), measuring.masking(start, tokenizer),
     )  # fmt: skip
     try:
         report = _run(job, ledger, progress)
@@ -234,10 +235,7 @@ def _run(job: _Job, ledger: Ledger, progress: bool) -> Report:
         known = _figure(job, job.config, job.params)
         bar.begin("teacher on held-out text", 0)
         bar.end(f"{_figure_name(job)} {known:.4g}")
-        found = {
-            name: [_student(job, name, seed, bar, size) for seed in choices["seeds"]]
-            for name in names
-        }
+        found = {name: _students(job, name, bar, size) for name in names}
     finally:
         bar.close()
     seconds = runs.read_json(job.folder / "teacher" / "about.json")["seconds"] if first else 0.0
@@ -263,10 +261,9 @@ def _run(job: _Job, ledger: Ledger, progress: bool) -> Report:
         kind=job.kind,
         figure=_figure_name(job),
         rows=rows,
-        costs={
-            "teacher": measuring.cost(job.config, job.params, choices["length"]),
-            "student": measuring.cost(*chosen, choices["length"]),
-        },
+        costs=measuring.costs(
+            {"teacher": (job.config, job.params), "student": chosen}, choices["length"]
+        ),
         vocabulary=job.config.vocab_size,
         text={
             "teacher": _tokens(job.splits["teacher"], "train"),
@@ -292,9 +289,10 @@ def _with_teacher(job: _Job, bar: Progress, size: float) -> _Job:
         method = core.distill(
             lm.model(job.config), None, {"lm": (1.0, terms.causal_lm(labels="input_ids"))}
         )
+        learner = _learner(method, choices["teacher_steps"], choices["teacher_learning_rate"])
         params = _trained(
-            job, method, choices["teacher_steps"], choices["teacher_learning_rate"], 0,
-            job.splits["teacher"], None, job.folder / "training" / "teacher",
+            job, learner, choices["teacher_steps"], 0, job.splits["teacher"], None,
+            job.folder / "training" / "teacher",
             lambda step, note: bar.at(size * step / choices["teacher_steps"], note),
         )  # fmt: skip
         lm.save_checkpoint(folder, job.config, params)
@@ -304,30 +302,37 @@ def _with_teacher(job: _Job, bar: Progress, size: float) -> _Job:
     return job._replace(config=config, params=params)
 
 
-def _student(job: _Job, name: str, seed: int, bar: Progress, size: float) -> dict[str, Any]:
-    """One trained student and its figure; what has ended is only read."""
-    folder = job.folder / name.replace(" ", "-") / f"seed-{seed}"
-    choices, file = job.choices, folder / "about.json"
+def _students(job: _Job, name: str, bar: Progress, size: float) -> list[dict[str, Any]]:
+    """The students of a row and their figures; what has ended is only read."""
+    choices, found = job.choices, []
+    config, start = lm.take_layers(job.config, job.params, choices["layers"])
+    # One program for all seeds.
+    learner = None
     if name != COPIED:
-        bar.begin(f"seed {seed}: {name}", size)
-    if not file.is_file():
-        config, params = lm.take_layers(job.config, job.params, choices["layers"])
-        began = time.perf_counter()
-        if name != COPIED:
-            student = core.started(lm.model(config), (params, {}))
-            params = _trained(
-                job, _method(job, name, student), choices["steps"], choices["learning_rate"], seed,
-                job.splits["student"], None if name == ALONE else (job.params, {}),
-                job.folder / "training" / folder.parent.name / folder.name,
-                lambda step, note: bar.at(size * step / choices["steps"], note),
-            )  # fmt: skip
-        seconds = time.perf_counter() - began
-        figure = _figure(job, config, params)
-        lm.save_checkpoint(folder, config, params, tokenizer=job.source)
-        runs.write_json(file, {"figure": figure, "seconds": seconds, "folder": str(folder)})
-    found = runs.read_json(file)
-    if name != COPIED:
-        bar.end(f"{_figure_name(job)} {found['figure']:.4g}")
+        student = core.started(lm.model(config), (start, {}))
+        learner = _learner(_method(job, name, student), choices["steps"], choices["learning_rate"])
+    for seed in choices["seeds"]:
+        folder = job.folder / name.replace(" ", "-") / f"seed-{seed}"
+        file = folder / "about.json"
+        if learner is not None:
+            bar.begin(f"seed {seed}: {name}", size)
+        if not file.is_file():
+            params, began = start, time.perf_counter()
+            if learner is not None:
+                params = _trained(
+                    job, learner, choices["steps"], seed, job.splits["student"],
+                    None if name == ALONE else (job.params, {}),
+                    job.folder / "training" / folder.parent.name / folder.name,
+                    lambda step, note: bar.at(size * step / choices["steps"], note),
+                )  # fmt: skip
+            seconds = time.perf_counter() - began
+            figure = _figure(job, config, params)
+            lm.save_checkpoint(folder, config, params, tokenizer=job.source)
+            about = {"figure": figure, "seconds": seconds, "folder": str(folder)}
+            runs.write_json(file, about)
+        found.append(runs.read_json(file))
+        if learner is not None:
+            bar.end(f"{_figure_name(job)} {found[-1]['figure']:.4g}")
     return found
 
 
@@ -343,14 +348,14 @@ def _figure(job: _Job, config: Any, params: Any) -> float:
         (job.config, job.params),
         job.splits["teacher"],
         batch_size=job.choices["batch_size"],
-        hide=measuring.masking(job.config, job.tokenizer),
+        hide=job.hide,
     )
 
 
 def _method(job: _Job, name: str, student: Model) -> Method:
     """What a row minimises."""
     soft, hard, cosine = job.choices["alpha"]
-    teacher, hide = lm.model(job.config), measuring.masking(job.config, job.tokenizer)
+    teacher = lm.model(job.config)
     if job.kind == "body":
         return tinybert.intermediate(student, teacher, layers=job.choices["layers"], shared=False)
     if name == ALONE:
@@ -362,14 +367,20 @@ def _method(job: _Job, name: str, student: Model) -> Method:
     known = None if name == ALONE else teacher
     if job.kind == "causal":
         return distilgpt2.distilgpt2(student, known, **options)
-    return distilgpt2.distilbert(student, known, augment=hide, **options)
+    return distilgpt2.distilbert(student, known, augment=job.hide, **options)
+
+
+def _learner(method: Method, steps: int, rate: float) -> Learner:
+    warm = max(1, steps // 20)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
+    return core.minimize(method, tx)
 
 
 def _trained(
     job: _Job,
-    method: Method,
+    learner: Learner,
     steps: int,
-    rate: float,
     seed: int,
     dataset: kdata.Dataset,
     frozen: Any,
@@ -377,10 +388,6 @@ def _trained(
     at: Any,
 ) -> Any:
     """Parameters after so many updates, from where the last call stopped."""
-    warm = max(1, steps // 20)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1))
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
-    learner = core.minimize(method, tx)
     size = min(job.choices["batch_size"], dataset.size("train"))
     batches = dataset.batches("train", size, seed=seed)
     state = train.fit(
