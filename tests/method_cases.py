@@ -397,7 +397,59 @@ def language_model(kind: str) -> Case:
     )
 
 
+def mapped() -> Model:
+    """`plain` with its hidden units as maps of 2 x 2 places and two channels."""
+
+    def apply(params: Any, extra: Any, x: jax.Array, *, train: bool = False, key: Any = None):
+        found, extra = plain().apply(params, extra, x, train=train, key=key)
+        return {**found, "maps": found["hidden"].reshape(-1, 2, 2, 2)}, extra
+
+    return Model(plain().init, apply)
+
+
+def of_maps(kind: str) -> Case:
+    """Terms of feature maps; the paraphraser of factor transfer, with its slope annealed."""
+    student, student_calls = counted(mapped())
+    teacher, teacher_calls = counted(mapped())
+    factors = kd.methods.factor_transfer
+    data = batch()
+    frozen = mapped().init(jax.random.key(1), data["image"])
+    counters = {"student": student_calls, "teacher": teacher_calls}
+    if kind == "paraphraser":
+        return Case(
+            lambda slope: factors.paraphraser(teacher, "maps", negative_slope=slope),
+            data,
+            frozen,
+            hyper=(0.1, 0.3),
+            counters={"teacher": teacher_calls},
+        )
+    if kind == "factor_transfer":
+        coder = factors.paraphraser(teacher, "maps").init(jax.random.key(2), data, frozen)[0]
+        frozen = factors.factored_variables(frozen, coder["student"])
+        teacher = factors.factored_teacher(teacher, "maps")
+
+    def make(weight: Any) -> Method:
+        terms = {
+            "at": (weight, kd.terms.attention_transfer("maps", "maps")),
+            "nst": (0.1, kd.terms.nst("maps", "maps")),
+            "fsp": (0.1, kd.terms.fsp(["maps", "maps"], ["maps", "maps"])),
+            "vid": (0.1, kd.terms.vid("maps", "maps")),
+        }
+        if kind == "factor_transfer":
+            terms = {
+                "fitnet": (0.1, kd.terms.fitnet("maps", "maps")),
+                "ab": (1.0, kd.terms.activation_boundary("maps", "maps", connect_all=True)),
+                "ft": (weight, kd.terms.factor_transfer("maps")),
+            }
+        return kd.distill(student, teacher, terms)
+
+    return Case(make, data, frozen, coupled=kind == "factor_transfer", counters=counters)
+
+
 CASES: dict[str, Callable[[], Case]] = {
+    "maps": lambda: of_maps("maps"),
+    "factor_transfer": lambda: of_maps("factor_transfer"),
+    "paraphraser": lambda: of_maps("paraphraser"),
     "distill_plain": lambda: distilled(plain()),
     "distill_linen": lambda: distilled(linen()),
     "distill_nnx": lambda: distilled(from_nnx()),

@@ -83,8 +83,29 @@ def token_values(rng):
     return rng.standard_normal((4, 3)), rng.standard_normal((4, 3))
 
 
+def feature_maps(rng):
+    return rng.standard_normal((4, 4, 4, 3)), rng.standard_normal((4, 2, 4, 5))
+
+
+def like_maps(rng):
+    return rng.standard_normal((4, 3, 3, 2)), rng.standard_normal((4, 3, 3, 2))
+
+
 TEMPERATURE = {"temperature": (2.0, 3.5)}
 CASES = {
+    "activation_boundary": Case(like_maps, (4,), {"margin": (0.5, 2.0)}, mask=(4,)),
+    "attention_map": Case(
+        lambda rng: feature_maps(rng)[:1], (4, 4, 4), {"power": (3.0, 4.0)}, teacher=()
+    ),
+    "attention_transfer": Case(feature_maps, (4,), {"power": (3.0, 4.0)}, mask=(4,)),
+    "factor_transfer": Case(like_maps, (4,), mask=(4,)),
+    "fsp": Case(
+        lambda rng: (*feature_maps(rng), *feature_maps(rng)), (4,), teacher=(2, 3), mask=(4,)
+    ),
+    "nst": Case(feature_maps, (4,), mask=(4,)),
+    "vid": Case(
+        lambda rng: (*like_maps(rng), like_maps(rng)[0]), (4,), {"eps": (0.1, 0.5)}, mask=(4,)
+    ),
     "attention_kl": Case(scores, (4, 3), mask=(4,)),
     "attention_mse": Case(scores, (4,), mask=(4,)),
     "clipped_policy_loss": Case(

@@ -13,6 +13,7 @@ from kdjax.losses._attention import (
     hidden_mse,
     relation_kl,
 )
+from kdjax.losses._connected import activation_boundary, factor_transfer, vid
 from kdjax.losses._decoupled import dkd, nkd
 from kdjax.losses._dist import dist
 from kdjax.losses._features import (
@@ -36,6 +37,7 @@ from kdjax.losses._logits import (
     soft_label_kl,
     standardize_logits,
 )
+from kdjax.losses._maps import attention_map, attention_transfer, fsp, nst
 from kdjax.losses._self_supervised import barlow_twins, nt_xent
 from kdjax.losses._sequence import (
     clipped_policy_loss,
@@ -46,8 +48,11 @@ from kdjax.losses._skew import skew_kl, skew_reverse_kl, total_variation
 from kdjax.losses._top_k import top_k_kl
 
 __all__ = [
+    "activation_boundary",
     "attention_kl",
+    "attention_map",
     "attention_mse",
+    "attention_transfer",
     "barlow_twins",
     "center",
     "clipped_policy_loss",
@@ -57,7 +62,9 @@ __all__ = [
     "dist",
     "dkd",
     "dlr",
+    "factor_transfer",
     "feature_mse",
+    "fsp",
     "generalized_jensen_shannon",
     "group_standardize",
     "hard_label_cross_entropy",
@@ -69,6 +76,7 @@ __all__ = [
     "margin",
     "next_token_cross_entropy",
     "nkd",
+    "nst",
     "nt_xent",
     "pool",
     "relation_kl",
@@ -84,4 +92,5 @@ __all__ = [
     "top_k_kl",
     "total_variation",
     "trades_kl",
+    "vid",
 ]

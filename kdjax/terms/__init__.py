@@ -4,7 +4,9 @@ Weights are given to `kdjax.distill` beside each Term. Hyperparameters may be nu
 schedules of the step; none of them recompiles the update.
 """
 
+from kdjax.terms._connected import activation_boundary, factor_transfer, fitnet
 from kdjax.terms._layers import uniform_layers
+from kdjax.terms._maps import attention_transfer, fsp, nst, vid
 from kdjax.terms._outputs import at, hard_labels, labelled, matching, no_params, soft_labels
 from kdjax.terms._projector import projector
 from kdjax.terms._tokens import (
@@ -25,12 +27,17 @@ from kdjax.terms._transformer import (
 )
 
 __all__ = [
+    "activation_boundary",
     "at",
     "attention_distributions",
     "attention_scores",
+    "attention_transfer",
     "cached_top_k",
     "causal_lm",
     "distil_triple",
+    "factor_transfer",
+    "fitnet",
+    "fsp",
     "hard_labels",
     "hidden_cosine",
     "hidden_states",
@@ -38,6 +45,7 @@ __all__ = [
     "masked_lm",
     "matching",
     "no_params",
+    "nst",
     "prediction",
     "projector",
     "regression",
@@ -45,4 +53,5 @@ __all__ = [
     "soft_labels",
     "token_divergence",
     "uniform_layers",
+    "vid",
 ]
