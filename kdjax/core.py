@@ -98,14 +98,14 @@ def distill(
       >>> sorted(metrics)
       ['loss', 'loss/soft']
     """
-    _check_model("student", student)
+    check_model("student", student)
     if teacher is not None:
-        _check_model("teacher", teacher)
+        check_model("teacher", teacher)
     if augment is not None and not callable(augment):
         raise TypeError(
             f"augment must be a function (key, batch) -> batch, got {_checks.describe(augment)}."
         )
-    terms = _checked_terms(terms)
+    terms = checked_terms(terms)
 
     def forward(
         params: Tree, extra: Tree, batch: Batch, frozen: Tree, key: jax.Array
@@ -117,11 +117,11 @@ def distill(
     def init(key: jax.Array, batch: Batch, frozen: Tree = None) -> tuple[Tree, Tree]:
         student_key, terms_key = jax.random.split(key)
         if augment is not None:  # which may change shapes and entries
-            batch = _zeros(jax.eval_shape(augment, key, batch))
+            batch = zeros(jax.eval_shape(augment, key, batch))
         params, extra = student.init(student_key, student.read(batch))
         if teacher is not None:
             check_variables(teacher, frozen, batch)
-        student_out, teacher_out = _zeros(
+        student_out, teacher_out = zeros(
             jax.eval_shape(forward, params, extra, batch, frozen, student_key)[:2]
         )
         own = {
@@ -334,7 +334,7 @@ def _check_pair(method: Any, optimizer: Any) -> None:
         )
 
 
-def _check_model(name: str, model: Any) -> None:
+def check_model(name: str, model: Any) -> None:
     if not isinstance(model, Model):
         raise TypeError(
             f"{name} must be a kdjax.Model; wrap it with kdjax.from_linen, from_nnx or from_fn, "
@@ -342,7 +342,7 @@ def _check_model(name: str, model: Any) -> None:
         )
 
 
-def _zeros(tree: Tree) -> Tree:
+def zeros(tree: Tree) -> Tree:
     """Zeros of abstract shapes and dtypes; keys, which can't be zero, are those of seed 0."""
 
     def one(x: Any) -> jax.Array:
@@ -366,7 +366,7 @@ def _distinct(state: State) -> State:
     return jax.tree.map(one, state)
 
 
-def _checked_terms(terms: Mapping[str, Any]) -> dict[str, tuple[Any, Term]]:
+def checked_terms(terms: Mapping[str, Any]) -> dict[str, tuple[Any, Term]]:
     if not isinstance(terms, Mapping):
         raise TypeError(
             "terms must be a dict from a name to a (weight, Term) pair, "

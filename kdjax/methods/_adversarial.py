@@ -19,10 +19,11 @@ from kdjax._parts import accuracy_of, finite_padding, part_of
 from kdjax._teachers import check_variables, teach
 from kdjax.attacks import _inputs as attack_inputs
 from kdjax.core import from_parts
+from kdjax.methods import _average
 from kdjax.methods._inner_attack import Call, Inner, Number, at, checked, inner, pgd_on, trades_on
 
 __all__ = [
-    "Augment", "Call", "Number", "at", "averaged", "both", "build", "check_model", "checked",
+    "Augment", "Call", "Number", "at", "both", "build", "check_model", "checked",
     "forward", "inner", "on_adversarial", "on_both", "on_target", "one_hot", "pgd_on", "rectified",
     "seen_on_both", "target_loss", "trades_on",
 ]  # fmt: skip
@@ -87,7 +88,7 @@ def build(
             jax.eval_shape(lambda v, b: teach(teacher, v, b), frozen, batch)
         kept = {"student": extra}
         if ema_decay is not None:
-            kept["ema"] = jax.tree.map(_average_of, {"params": params, "extra": extra})
+            kept["ema"] = _average.begun(params, extra)
         return {"student": params}, kept
 
     def prepare(
@@ -151,7 +152,7 @@ def build(
         axis_name: str | None = None,
     ) -> Tree:
         now = {"params": params["student"], "extra": extra["student"]}
-        return {**extra, "ema": averaged(extra["ema"], now, at(ema_decay, step))}
+        return {**extra, "ema": _average.moved(extra["ema"], now, at(ema_decay, step))}
 
     method = from_parts(
         init, parts, prepare=prepare, after=after if ema_decay is not None else None
@@ -201,25 +202,6 @@ def _check_values(student: Model, variables: tuple[Tree, Tree], batch: Batch) ->
                 f"batch['label'] must hold class indices from 0 to {most - 1}, or -1 for "
                 f"unlabelled rows, got {wrong[0]}."
             )
-
-
-def _average_of(x: jax.Array) -> jax.Array:
-    """The start of an average: a copy, in which a half-precision average wouldn't stand still."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.copy(x)
-    return jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True)
-
-
-def averaged(average: Tree, now: Tree, decay: Any) -> Tree:
-    """``decay * average + (1 - decay) * now``, also of batch statistics; counters are copied."""
-
-    def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            return b
-        share = jnp.asarray(decay, a.dtype)
-        return share * a + (1 - share) * b.astype(a.dtype)
-
-    return jax.tree.map(one, average, now)
 
 
 def hot(batch: Batch, classes: int, dtype: Any) -> jax.Array:

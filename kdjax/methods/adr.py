@@ -30,6 +30,7 @@ import optax
 from kdjax import _checks, schedules
 from kdjax._pairs import Method, Model, Tree
 from kdjax.methods import _adversarial as parts
+from kdjax.methods import _average
 from kdjax.methods._adversarial import Augment, Number
 
 __all__ = ["RECIPES", "Recipe", "adr", "adr_trades", "annealed", "averaged", "optimizer"]
@@ -273,9 +274,7 @@ def averaged(state: Any) -> tuple[Tree, Tree]:
       >>> state = kd.minimize(method, optax.sgd(0.1)).init(jax.random.key(0), batch)
       >>> params, extra = kd.methods.adr.averaged(state)
     """
-    if "ema" not in getattr(state, "extra", ()):
-        raise ValueError("state must be a State of a method with ema_decay; it has no average.")
-    return state.extra["ema"]["params"], state.extra["ema"]["extra"]
+    return _average.of_state(state, "a method with ema_decay")
 
 
 def optimizer(
