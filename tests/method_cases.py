@@ -446,7 +446,67 @@ def of_maps(kind: str) -> Case:
     return Case(make, data, frozen, coupled=kind == "factor_transfer", counters=counters)
 
 
+def contrastive() -> Case:
+    """Two memory banks that every update reads and writes."""
+    student, student_calls = counted(plain())
+    teacher, teacher_calls = counted(plain())
+    data = batch()
+
+    def make(temperature: Any) -> Method:
+        terms = {"hard": (1.0, kd.terms.hard_labels())}
+        return kd.methods.crd.crd(
+            student, teacher, terms, student_tap="hidden", teacher_tap="hidden",
+            examples=ROWS + 3, features=4, negatives=6, temperature=temperature,
+        )  # fmt: skip
+
+    return Case(
+        make,
+        data,
+        plain().init(jax.random.key(1), data["image"]),
+        hyper=(0.5, 1.0),
+        coupled=True,
+        counters={"student": student_calls, "teacher": teacher_calls},
+    )
+
+
+def headed() -> Model:
+    """`plain` whose hidden units are maps [B, 2, 2, 2], with a linear classifier on their mean."""
+
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        params, extra = plain().init(key, x)
+        head = {"kernel": params.pop("w1")[:2], "bias": jnp.zeros(CLASSES)}
+        return {**params, "head": head}, extra
+
+    def apply(params: Any, extra: Any, x: jax.Array, *, train: bool = False, key: Any = None):
+        maps = jax.nn.relu(x @ params["w0"]).reshape(-1, 2, 2, 2)
+        head = params["head"]
+        logits = maps.mean((1, 2)) @ head["kernel"] + head["bias"][None]
+        return {"logits": logits, "feat": maps, "head": head}, extra
+
+    return Model(init, apply)
+
+
+def reused_head() -> Case:
+    """SimKD: a projector with batch statistics of its own; the weight is annealed."""
+    student, student_calls = counted(headed())
+    teacher, teacher_calls = counted(headed())
+    data = batch()
+
+    def make(weight: Any) -> Method:
+        return kd.methods.simkd.simkd(student, teacher, factor=1, feature_weight=weight)
+
+    return Case(
+        make,
+        data,
+        headed().init(jax.random.key(1), data["image"]),
+        coupled=True,
+        counters={"student": student_calls, "teacher": teacher_calls},
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
+    "simkd": reused_head,
+    "crd": contrastive,
     "maps": lambda: of_maps("maps"),
     "factor_transfer": lambda: of_maps("factor_transfer"),
     "paraphraser": lambda: of_maps("paraphraser"),

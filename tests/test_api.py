@@ -14,7 +14,9 @@ ROOMS = (
     "metrics", "parallel", "schedules", "terms", "theory", "train", "methods.adr",
     "methods.adversarial", "methods.adversarial_distillation", "methods.awp",
     "methods.distilgpt2", "methods.gkd", "methods.krr_st", "methods.minilm",
-    "methods.projector_distillation", "methods.tinybert",
+    "methods.projector_distillation", "methods.tinybert", "methods.born_again", "methods.crd",
+    "methods.factor_transfer", "methods.mean_teacher", "methods.multi_teacher", "methods.mutual",
+    "methods.simkd", "methods.teacher_assistant", "methods.teacher_free",
 )  # fmt: skip
 
 

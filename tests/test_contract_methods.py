@@ -25,6 +25,10 @@ FAST_ROUTES = {
     ("self_distilled", "pmap", 8),
     ("gkd", "shard_map", 4),
     ("distilgpt2_fused", "jit", 4),
+    ("crd", "shard_map", 4),
+    ("simkd", "pmap", 4),
+    ("factor_transfer", "shard_map", 4),
+    ("paraphraser", "shard_map", 8),
 }
 
 

@@ -13,7 +13,9 @@ from kdjax.losses._attention import (
     hidden_mse,
     relation_kl,
 )
+from kdjax.losses._channels import ickd, kdsvd
 from kdjax.losses._connected import activation_boundary, factor_transfer, vid
+from kdjax.losses._contrastive import contrast, correlation_congruence, nce, neighbour_congruence
 from kdjax.losses._decoupled import dkd, nkd
 from kdjax.losses._dist import dist
 from kdjax.losses._features import (
@@ -38,6 +40,8 @@ from kdjax.losses._logits import (
     standardize_logits,
 )
 from kdjax.losses._maps import attention_map, attention_transfer, fsp, nst
+from kdjax.losses._overhaul import hierarchical_context, ofd, ofd_margin
+from kdjax.losses._relations import cka, pkt, rkd_angle, rkd_distance, similarity_preserving
 from kdjax.losses._self_supervised import barlow_twins, nt_xent
 from kdjax.losses._sequence import (
     clipped_policy_loss,
@@ -55,7 +59,10 @@ __all__ = [
     "attention_transfer",
     "barlow_twins",
     "center",
+    "cka",
     "clipped_policy_loss",
+    "contrast",
+    "correlation_congruence",
     "correlation_distance",
     "correlation_log_sum",
     "cosine_distance",
@@ -69,19 +76,30 @@ __all__ = [
     "group_standardize",
     "hard_label_cross_entropy",
     "hidden_mse",
+    "hierarchical_context",
+    "ickd",
+    "kdsvd",
     "l2_normalize",
     "log_sum",
     "log_sum_shares",
     "logit_mse",
     "margin",
+    "nce",
+    "neighbour_congruence",
     "next_token_cross_entropy",
     "nkd",
     "nst",
     "nt_xent",
+    "ofd",
+    "ofd_margin",
+    "pkt",
     "pool",
     "relation_kl",
     "reverse_kl",
     "reverse_kl_advantage",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity_preserving",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

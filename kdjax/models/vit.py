@@ -86,7 +86,7 @@ class Block(nn.Module):
             deterministic=not train,
             kernel_init=_init,
             name="attention",
-        )(y)
+        )(y, sow_weights=True)  # what isn't tapped is no part of the program
         x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
         y = nn.LayerNorm(epsilon=_LAYER_NORM_EPS, name="norm2")(x)
         y = _MLP(self.mlp_ratio * x.shape[-1], self.dropout, name="mlp")(y, train)
@@ -121,9 +121,10 @@ class ViT(nn.Module):
     """Vision transformer with a class token and learned positions; optionally DeiT's student.
 
     Submodules for taps: ``stem`` (tokens), ``stage1`` with ``stage1/block0`` ... (tokens
-    [B, N, dim]; below each ``attention`` and ``mlp``), ``norm`` (all tokens, normalised), and of
-    these ``pool`` (the class token [B, dim]) and ``patches`` (the patch tokens
-    [B, patches, dim]), ``classifier``. The positions fix the image size at initialisation.
+    [B, N, dim]; below each ``attention`` and ``mlp``, and ``attention/attention_weights``, the
+    distributions [B, heads, N, N] before dropout), ``norm`` (all tokens, normalised), and of these
+    ``pool`` (the class token [B, dim]) and ``patches`` (the patch tokens [B, patches, dim]),
+    ``classifier``. The positions fix the image size at initialisation.
 
     With ``distillation`` there are two more: ``distillation_token`` ([B, dim]) and
     ``distillation_classifier``, which learns from the teacher while ``classifier`` learns from the

@@ -4,11 +4,22 @@ Weights are given to `kdjax.distill` beside each Term. Hyperparameters may be nu
 schedules of the step; none of them recompiles the update.
 """
 
+from kdjax.terms._channels import ickd, kdsvd, mgd
 from kdjax.terms._connected import activation_boundary, factor_transfer, fitnet
+from kdjax.terms._heads import srrl
 from kdjax.terms._layers import uniform_layers
 from kdjax.terms._maps import attention_transfer, fsp, nst, vid
 from kdjax.terms._outputs import at, hard_labels, labelled, matching, no_params, soft_labels
 from kdjax.terms._projector import projector
+from kdjax.terms._relations import (
+    cka,
+    contrast,
+    correlation_congruence,
+    pkt,
+    rkd,
+    similarity_preserving,
+)
+from kdjax.terms._review import ofd, review_kd
 from kdjax.terms._tokens import (
     cached_top_k,
     causal_lm,
@@ -25,6 +36,7 @@ from kdjax.terms._transformer import (
     hidden_states,
     relations,
 )
+from kdjax.terms._vision_tokens import vit_attention, vit_tokens
 
 __all__ = [
     "activation_boundary",
@@ -34,6 +46,9 @@ __all__ = [
     "attention_transfer",
     "cached_top_k",
     "causal_lm",
+    "cka",
+    "contrast",
+    "correlation_congruence",
     "distil_triple",
     "factor_transfer",
     "fitnet",
@@ -41,17 +56,28 @@ __all__ = [
     "hard_labels",
     "hidden_cosine",
     "hidden_states",
+    "ickd",
+    "kdsvd",
     "labelled",
     "masked_lm",
     "matching",
+    "mgd",
     "no_params",
     "nst",
+    "ofd",
+    "pkt",
     "prediction",
     "projector",
     "regression",
     "relations",
+    "review_kd",
+    "rkd",
+    "similarity_preserving",
     "soft_labels",
+    "srrl",
     "token_divergence",
     "uniform_layers",
     "vid",
+    "vit_attention",
+    "vit_tokens",
 ]

@@ -23,10 +23,10 @@ from kdjax.terms._connectors import (
     norm_init,
     transposed_conv,
 )
-from kdjax.terms._maps import Taps, counted_pair, paired, sum_of
+from kdjax.terms._maps import counted_pair, sum_of
 from kdjax.terms._outputs import Number, at, checked, student_output, teacher_output
+from kdjax.terms._stages import Taps, checked_scope, statistics_axis, tap_pairs
 
-SCOPES = ("global", "device")
 LEAK = 0.1  # of the leaky ReLUs of translator and paraphraser
 
 
@@ -76,7 +76,7 @@ def fitnet(
       A. Romero, N. Ballas, S. E. Kahou, A. Chassang, C. Gatta, Y. Bengio, "FitNets: Hints for Thin
       Deep Nets", ICLR 2015, equation 3; the layer is that of RepDistiller and mdistiller.
     """
-    _checks.choice("scope", scope, SCOPES)
+    checked_scope(scope)
 
     def both(student_out: Outputs, teacher_out: Outputs) -> tuple[jax.Array, jax.Array]:
         s = student_output(student_out, student_tap)
@@ -107,7 +107,7 @@ def fitnet(
         axis_name: Any = None,
     ) -> jax.Array:
         where, s, t = counted_pair(batch, *both(student_out, teacher_out))
-        s = connect(tparams, s, t, _statistics(scope, axis_name), where)
+        s = connect(tparams, s, t, statistics_axis(scope, axis_name), where)
         s = jax.nn.relu(s) if relu else s
         values = select(jnp.mean((s - t) ** 2, axis=tuple(range(1, s.ndim))), where)
         return mean_of_batch(values, where, axis_name) if norm else values
@@ -167,9 +167,9 @@ def activation_boundary(
       B. Heo, M. Lee, S. Yun, J. Y. Choi, "Knowledge Transfer via Distillation of Activation
       Boundaries Formed by Hidden Neurons", AAAI 2019, equations 5 and 6.
     """
-    taps = paired(student_taps, teacher_taps)
+    taps = tap_pairs(student_taps, teacher_taps)
     checked("margin", margin, low=0)
-    _checks.choice("scope", scope, SCOPES)
+    checked_scope(scope)
 
     def both(student_out: Outputs, teacher_out: Outputs) -> list[tuple[jax.Array, jax.Array]]:
         return [(maps("student", student_out, s), maps("teacher", teacher_out, t)) for s, t in taps]
@@ -195,7 +195,7 @@ def activation_boundary(
         for i, (s, t) in enumerate(both(student_out, teacher_out)):
             where, s, t = counted_pair(batch, s, t)
             if str(i) in tparams:
-                s = connect(tparams[str(i)], s, t, _statistics(scope, axis_name), where)
+                s = connect(tparams[str(i)], s, t, statistics_axis(scope, axis_name), where)
             found = connected_losses.activation_boundary(s, t, margin=at(margin, step), where=where)
             values.append(3 / 1000 * 2.0 ** (i + 1 - len(taps)) * found)
         return mean_of_batch(sum_of(values), where, axis_name)
@@ -250,7 +250,7 @@ def factor_transfer(
       Transfer", NeurIPS 2018, equations 3 and 4.
     """
     connected_losses.check_p(p)
-    _checks.choice("scope", scope, SCOPES)
+    checked_scope(scope)
 
     def init(key: jax.Array, student_out: Outputs, teacher_out: Outputs) -> Tree:
         inputs = maps("student", student_out, student_tap).shape[-1]
@@ -269,7 +269,7 @@ def factor_transfer(
     ) -> jax.Array:
         s, f = maps("student", student_out, student_tap), maps("teacher", teacher_out, factor)
         where, s, f = counted_pair(batch, s, f)
-        s = code(tparams, s, axis_name=_statistics(scope, axis_name), where=where)
+        s = code(tparams, s, axis_name=statistics_axis(scope, axis_name), where=where)
         s, f = map_losses.same_size(s, f)
         values = connected_losses.factor_transfer(s, f, p=p, where=where)
         return mean_of_batch(values, where, axis_name) if norm else values
@@ -355,8 +355,3 @@ def _layer(s: jax.Array, t: jax.Array) -> tuple[str, int]:
         "the student's maps must be as large as the teacher's, twice or half as large, or larger "
         f"by as much in both directions, got {h} x {w} and {height} x {width}."
     )
-
-
-def _statistics(scope: str, axis_name: Any) -> Any:
-    """The axis over which batch statistics are taken."""
-    return axis_name if scope == "global" else None

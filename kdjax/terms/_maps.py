@@ -18,8 +18,7 @@ from kdjax.losses import _connected as connected_losses
 from kdjax.losses import _maps as map_losses
 from kdjax.terms._connectors import conv, conv_init, counted, maps
 from kdjax.terms._outputs import Number, at, checked, no_params
-
-Taps = str | Sequence[str]
+from kdjax.terms._stages import Taps, tap_pairs
 
 
 def attention_transfer(
@@ -65,7 +64,7 @@ def attention_transfer(
             s, t, power=at(power, step), squared=squared, where=where
         )
 
-    return _of_stages(compare, paired(student_taps, teacher_taps))
+    return _of_stages(compare, tap_pairs(student_taps, teacher_taps))
 
 
 def nst(student_taps: Taps, teacher_taps: Taps) -> Term:
@@ -98,7 +97,7 @@ def nst(student_taps: Taps, teacher_taps: Taps) -> Term:
     def compare(s: jax.Array, t: jax.Array, *, where: Any, step: jax.Array) -> jax.Array:
         return map_losses.nst(s, t, where=where)
 
-    return _of_stages(compare, paired(student_taps, teacher_taps))
+    return _of_stages(compare, tap_pairs(student_taps, teacher_taps))
 
 
 def fsp(student_taps: Sequence[str], teacher_taps: Sequence[str]) -> Term:
@@ -135,7 +134,7 @@ def fsp(student_taps: Sequence[str], teacher_taps: Sequence[str]) -> Term:
       J. Yim, D. Joo, J. Bae, J. Kim, "A Gift from Knowledge Distillation: Fast Optimization,
       Network Minimization and Transfer Learning", CVPR 2017, equations 1 and 2.
     """
-    taps = paired(student_taps, teacher_taps)
+    taps = tap_pairs(student_taps, teacher_taps)
     if len(taps) < 2:
         raise ValueError(f"student_taps must name at least two stages, got {student_taps!r}.")
 
@@ -197,7 +196,7 @@ def vid(
       S. Ahn, S. X. Hu, A. Damianou, N. D. Lawrence, Z. Dai, "Variational Information Distillation
       for Knowledge Transfer", CVPR 2019, equations 5 and 6.
     """
-    taps = paired(student_taps, teacher_taps)
+    taps = tap_pairs(student_taps, teacher_taps)
     checked("eps", eps, above=0)
     floor = at(eps, jnp.zeros((), jnp.int32))
     lowest = 0 if _checks.is_traced(floor) else float(floor)
@@ -242,27 +241,6 @@ def vid(
         return sum_of(values)
 
     return Term(init, loss)
-
-
-def paired(student_taps: Taps, teacher_taps: Taps) -> list[tuple[str, str]]:
-    """The student's and the teacher's tap of every stage."""
-    both = []
-    for name, taps in (("student_taps", student_taps), ("teacher_taps", teacher_taps)):
-        names = [taps] if isinstance(taps, str) else taps
-        if not (isinstance(names, Sequence) and all(isinstance(tap, str) for tap in names)):
-            raise TypeError(
-                f"{name} must be the name of an output, or one for each stage, got "
-                f"{_checks.describe(taps)}."
-            )
-        both.append(list(names))
-    if not both[0]:
-        raise ValueError("student_taps must name at least one output, got none.")
-    if len(both[0]) != len(both[1]):
-        raise ValueError(
-            f"teacher_taps must name as many outputs as student_taps, {len(both[0])}, got "
-            f"{len(both[1])}."
-        )
-    return list(zip(*both, strict=True))
 
 
 def sum_of(values: Any) -> jax.Array:
