@@ -597,8 +597,8 @@ def put(side, name, value):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: _review.review_kd(("a", "b"), "a"), ValueError, "student_taps and teacher_taps"),
-        (lambda: _review.review_kd((), ()), ValueError, "at least one each"),
+        (lambda: _review.review_kd(("a", "b"), "a"), ValueError, "student_taps"),
+        (lambda: _review.review_kd((), ()), ValueError, "at least one output"),
         (lambda: _review.review_kd("a", "a", scope="mine"), ValueError, "scope must be one of"),
         (lambda: _review.review_kd("a", "a", features=0), ValueError, "features must be an int"),
         (lambda: _review.review_kd("a", "a", levels=(0,)), ValueError, "levels must be an int"),

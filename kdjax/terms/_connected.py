@@ -16,6 +16,7 @@ from kdjax.terms._connectors import (
     batch_norm,
     conv,
     conv_init,
+    counted,
     linear,
     linear_init,
     maps,
@@ -23,7 +24,7 @@ from kdjax.terms._connectors import (
     norm_init,
     transposed_conv,
 )
-from kdjax.terms._maps import counted_pair, sum_of
+from kdjax.terms._maps import sum_of
 from kdjax.terms._outputs import Number, at, checked, student_output, teacher_output
 from kdjax.terms._stages import Taps, checked_scope, statistics_axis, tap_pairs
 
@@ -106,7 +107,7 @@ def fitnet(
         key: jax.Array,
         axis_name: Any = None,
     ) -> jax.Array:
-        where, s, t = counted_pair(batch, *both(student_out, teacher_out))
+        where, s, t = counted(batch, *both(student_out, teacher_out))
         s = connect(tparams, s, t, statistics_axis(scope, axis_name), where)
         s = jax.nn.relu(s) if relu else s
         values = select(jnp.mean((s - t) ** 2, axis=tuple(range(1, s.ndim))), where)
@@ -193,7 +194,7 @@ def activation_boundary(
     ) -> jax.Array:
         values, where = [], None
         for i, (s, t) in enumerate(both(student_out, teacher_out)):
-            where, s, t = counted_pair(batch, s, t)
+            where, s, t = counted(batch, s, t)
             if str(i) in tparams:
                 s = connect(tparams[str(i)], s, t, statistics_axis(scope, axis_name), where)
             found = connected_losses.activation_boundary(s, t, margin=at(margin, step), where=where)
@@ -268,7 +269,7 @@ def factor_transfer(
         axis_name: Any = None,
     ) -> jax.Array:
         s, f = maps("student", student_out, student_tap), maps("teacher", teacher_out, factor)
-        where, s, f = counted_pair(batch, s, f)
+        where, s, f = counted(batch, s, f)
         s = code(tparams, s, axis_name=statistics_axis(scope, axis_name), where=where)
         s, f = map_losses.same_size(s, f)
         values = connected_losses.factor_transfer(s, f, p=p, where=where)

@@ -251,18 +251,10 @@ def sum_of(values: Any) -> jax.Array:
     return first
 
 
-def counted_pair(
-    batch: Batch, s: jax.Array, t: jax.Array
-) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    """`counted`, of features of the student and the teacher."""
-    where, *found = counted(batch, s, t)
-    return where, found[0], found[1]
-
-
 def _stage(
     student_out: Outputs, teacher_out: Outputs, batch: Batch, s: str, t: str
 ) -> tuple[jax.Array | None, jax.Array, jax.Array]:
-    return counted_pair(batch, maps("student", student_out, s), maps("teacher", teacher_out, t))
+    return counted(batch, maps("student", student_out, s), maps("teacher", teacher_out, t))
 
 
 def _of_stages(compare: Callable[..., jax.Array], taps: list[tuple[str, str]]) -> Term:
