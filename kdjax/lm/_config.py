@@ -73,13 +73,15 @@ class BertConfig:
       attention_dropout: rate on attention probabilities, in training.
       head_dropout: rate before a classifier; None takes ``hidden_dropout``.
       pad_token: the id of padding.
-      pooler: whether the first token goes through a dense tanh layer (output ``pooled``).
+      pooler: whether the first token goes through a dense tanh layer (output ``pooled``); the heads
+        "sequence" and "pretraining" need it, "masked_lm", "token", "span" and DistilBERT can't
+        have it.
       head: None, "masked_lm", "pretraining" (masked LM and next sentence), "sequence" (one label
         per sequence), "token" (one per token) or "span" (start and end of an answer).
       num_labels: outputs of a "sequence" or "token" head.
       tied: whether the masked-LM head shares the word embedding.
       distil: DistilBERT's names and its sequence head (a ReLU layer on the first token).
-      labels: names of the classes, if they have any.
+      labels: names of the ``num_labels`` classes, if they have any.
       other: keys of ``config.json`` that the model doesn't need, kept for saving.
     """
 
@@ -121,6 +123,11 @@ class BertConfig:
         needs_pooler = self.head in ("sequence", "pretraining") and not self.distil
         if needs_pooler and not self.pooler:
             raise ValueError(f"pooler must be True for the head {self.head!r}, got False.")
+        if self.pooler and self.head in ("masked_lm", "token", "span"):
+            raise ValueError(
+                f"pooler must be False for the head {self.head!r}, which doesn't read it and which "
+                "transformers stores without it, got True."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +153,7 @@ class GPT2Config:
       head: None, "lm" or "sequence" (one label per sequence).
       num_labels: outputs of a "sequence" head.
       tied: whether the language-model head shares the token embedding.
-      labels: names of the classes, if they have any.
+      labels: names of the ``num_labels`` classes, if they have any.
       other: keys of ``config.json`` that the model doesn't need, kept for saving.
     """
 
@@ -200,6 +207,11 @@ def _check_sizes(config: Any) -> None:
         _checks.count(name, getattr(config, name))
     if config.intermediate_size is not None:
         _checks.count("intermediate_size", config.intermediate_size)
+    if config.labels is not None and len(config.labels) != config.num_labels:
+        raise ValueError(
+            f"labels must name {config.num_labels} classes, as many as num_labels, "
+            f"got {len(config.labels)}."
+        )
     if config.hidden_size % config.num_heads:
         raise ValueError(
             f"hidden_size must be a multiple of num_heads {config.num_heads}, "

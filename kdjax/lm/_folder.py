@@ -45,7 +45,9 @@ def load_checkpoint(
     """A BERT, DistilBERT or GPT-2 from a Hugging Face folder.
 
     Reads ``config.json`` and ``model.safetensors`` (or its shards). Names with and without the
-    body's prefix, and ``gamma`` and ``beta`` for LayerNorm, are understood.
+    body's prefix, and ``gamma`` and ``beta`` for LayerNorm, are understood. As in transformers,
+    tensors of a pooler or head that the config doesn't name are left out, and a head whose matrix
+    is stored and isn't the word embedding keeps it (``tied=False``), whatever the config says.
 
     Args:
       folder: of the checkpoint.
@@ -54,7 +56,7 @@ def load_checkpoint(
         `BertConfig` and `GPT2Config`. Tensors of the old head are left out, parameters that the
         folder doesn't have are drawn from ``key``.
       num_labels: outputs of a new "sequence" or "token" head; 2 by default.
-      key: for new parameters, only needed with ``head``.
+      key: for new parameters, only needed for another head than None.
 
     Returns:
       ``(config, params)``; ``model(config)`` is the network.
@@ -82,15 +84,14 @@ def load_checkpoint(
     config = read_config(folder)
     tensors = _safetensors.Tensors(folder)
     there = _short_names(config, tensors)
-    if isinstance(config, BertConfig) and config.head is None and not config.distil:
-        config = dataclasses.replace(config, pooler="pooler.dense.weight" in there)
-    old = config
+    old = config = _as_stored(config, tensors, there)
     if head is not _SAME or num_labels is not None:
-        config = _with_head(config, config.head if head is _SAME else head, num_labels)
-    fresh = {} if config == old else _flat_new(config, key)
-    found, problems, used = _taken(config, tensors, there, fresh, dtype)
-    used |= {name for entry in _names.entries(old) for name in entry.names}
-    extra = sorted(name for name in there if name not in used and not _spare(name, config))
+        config = _with_head(old, old.head if head is _SAME else head, num_labels)
+        config = _as_stored(config, tensors, there)
+    fresh = {} if config == old or config.head is None else _flat_new(config, key)
+    found, problems = _taken(config, tensors, there, fresh, dtype)
+    used = {name for entry in _names.entries(config) for name in entry.names}
+    extra = sorted(set(there) - used - _names.of_any_head(config))
     problems += [f"unexpected {name}" for name in extra]
     if problems:
         raise ValueError(f"{folder} does not fit its {CONFIG}: {'; '.join(problems)}.")
@@ -103,13 +104,11 @@ def _taken(
     there: Mapping[str, str],
     fresh: Mapping[_names.Path, jax.Array],
     dtype: Any,
-) -> tuple[dict[_names.Path, jax.Array], list[str], set[str]]:
-    """Parameters from the file or, where it has none that fit, new ones; what is wrong; names."""
+) -> tuple[dict[_names.Path, jax.Array], list[str]]:
+    """Parameters from the file or, where it has none that fit, new ones; what is wrong."""
     found: dict[_names.Path, jax.Array] = {}
     problems: list[str] = []
-    used: set[str] = set()
     for entry in _names.entries(config):
-        used |= set(entry.names)
         name = next((name for name in entry.names if name in there), None)
         shape = None if name is None else tensors.shape(there[name])
         if name is not None and shape == _stored_shape(entry):
@@ -120,7 +119,7 @@ def _taken(
             problems.append(f"missing {entry.names[-1]}")
         else:
             problems.append(f"{name} has shape {shape}, not {_stored_shape(entry)}")
-    return found, problems, used
+    return found, problems
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
@@ -206,10 +205,15 @@ def _short_names(config: Config, tensors: _safetensors.Tensors) -> dict[str, str
     return {name.removeprefix(start): name for name in tensors if not name.endswith(_names.IGNORED)}
 
 
-def _spare(name: str, config: Config) -> bool:
-    """Copies of tied matrices, which say nothing new."""
-    tied = ("cls.predictions.decoder.weight", "vocab_projector.weight", "lm_head.weight")
-    return config.tied and name in tied
+def _as_stored(config: Config, tensors: _safetensors.Tensors, there: Mapping[str, str]) -> Config:
+    """The config with what the file knows better: is there a pooler, and are the words tied?"""
+    if isinstance(config, BertConfig) and config.head is None and not config.distil:
+        config = dataclasses.replace(config, pooler="pooler.dense.weight" in there)
+    matrix, words = _names.matrix(config), _names.words(config)
+    if config.tied and matrix is not None and {matrix, words} <= set(there):
+        same = np.array_equal(tensors.read(there[matrix]), tensors.read(there[words]))
+        config = dataclasses.replace(config, tied=same)
+    return config
 
 
 def _with_head(config: Config, head: Any, num_labels: int | None) -> Config:
@@ -217,7 +221,7 @@ def _with_head(config: Config, head: Any, num_labels: int | None) -> Config:
     changes: dict[str, Any] = {"head": head, "labels": None}
     changes["num_labels"] = 2 if num_labels is None else num_labels
     if isinstance(config, BertConfig) and not config.distil:
-        changes["pooler"] = config.pooler or head in ("sequence", "pretraining")
+        changes["pooler"] = head in ("sequence", "pretraining")
     return dataclasses.replace(config, **changes)
 
 

@@ -77,6 +77,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
     },
 }  # fmt: skip
+_END_OF_TEXT = 50256  # what transformers takes for GPT-2's first and last token if nothing is said
 _KEYS = {"bert": _BERT_KEYS, "distilbert": _DISTILBERT_KEYS, "gpt2": _GPT2_KEYS}
 _CLASS = {"bert": "Bert", "distilbert": "DistilBert", "gpt2": "GPT2"}
 _HEADS = {
@@ -132,6 +133,8 @@ def to_json(config: Config) -> dict[str, Any]:
     found |= {key: getattr(config, field) for field, key in _KEYS[kind].items()}
     if kind == "distilbert" and found["seq_classif_dropout"] is None:
         found["seq_classif_dropout"] = config.hidden_dropout
+    if kind == "gpt2" and config.vocab_size <= _END_OF_TEXT:
+        found = {"bos_token_id": None, "eos_token_id": None} | found
     ending = next(name for name, head in _HEADS.items() if head == config.head)
     found["architectures"] = [_CLASS[kind] + ending]
     if config.head in ("sequence", "token"):

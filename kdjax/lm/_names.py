@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kdjax.lm._config import BertConfig, Config, GPT2Config
+from kdjax.lm._config import BERT_HEADS, GPT2_HEADS, BertConfig, Config, GPT2Config
 
 Path = tuple[str, ...]
 
@@ -39,6 +40,38 @@ def entries(config: Config) -> list[Entry]:
     if isinstance(config, GPT2Config):
         return [*_gpt2(config)]
     return [*_bert(config), *_bert_head(config)]
+
+
+def words(config: Config) -> str:
+    """The tensor of the word embedding, which a tied head shares."""
+    return entries(config)[0].names[0]
+
+
+def matrix(config: Config) -> str | None:
+    """The tensor that an untied head of a language model has instead."""
+    own = {("mlm", "decoder"), ("lm_head",)}
+    untied = entries(dataclasses.replace(config, tied=False))
+    return next((entry.names[0] for entry in untied if entry.path in own), None)
+
+
+def of_any_head(config: Config) -> set[str]:
+    """Tensors of the pooler and heads that a model of this kind may have."""
+    found: set[str] = set()
+    if isinstance(config, GPT2Config):
+        kinds: list[Config] = [
+            dataclasses.replace(config, head=head, tied=False) for head in GPT2_HEADS
+        ]
+    else:
+        pooled = () if config.distil else ("sequence", "pretraining")
+        kinds = [
+            dataclasses.replace(config, head=head, tied=False, pooler=head in pooled)
+            for head in BERT_HEADS
+            if not (config.distil and head == "pretraining")
+        ]
+    for kind in kinds:
+        parts = (entry for entry in entries(kind) if entry.own or entry.path[0] == "pooler")
+        found |= {name for entry in parts for name in entry.names}
+    return found
 
 
 def prefix(config: Config) -> str:

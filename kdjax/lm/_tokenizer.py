@@ -69,14 +69,19 @@ def _word_piece(folder: Path) -> Any:
     """BERT's tokenizer from its list of word pieces."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    # Not splitlines: some of the characters that end a line for it are pieces.
+    pieces = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     vocab = {piece: i for i, piece in enumerate(pieces)}
     known = _settings(folder)
     missing = sorted({"[CLS]", "[SEP]", "[UNK]"} - set(vocab))
     if missing:
         raise ValueError(f"{folder / 'vocab.txt'} must have {', '.join(missing)}.")
     found = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    found.normalizer = normalizers.BertNormalizer(lowercase=known.get("do_lower_case", True))
+    found.normalizer = normalizers.BertNormalizer(
+        lowercase=known.get("do_lower_case", True),
+        strip_accents=known.get("strip_accents"),
+        handle_chinese_chars=known.get("tokenize_chinese_chars", True),
+    )
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     found.decoder = decoders.WordPiece()
     found.post_processor = processors.BertProcessing(
