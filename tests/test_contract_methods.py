@@ -23,7 +23,6 @@ FAST_ROUTES = {
     ("awp", "shard_map", 4),
     ("krr_st", "shard_map", 8),
     ("self_distilled", "pmap", 8),
-    ("gkd", "shard_map", 4),
     ("distilgpt2_fused", "jit", 4),
     ("crd", "shard_map", 4),
     ("simkd", "pmap", 4),

@@ -257,7 +257,7 @@ def confident(*, temperature: Number = 4.0, label: str = "label") -> Term:
     return Term(no_params, loss)
 
 
-def shares(state: State, name: str = "soft") -> jax.Array:
+def shares(state: State, *, name: str = "soft") -> jax.Array:
     """The trained weights of the teachers.
 
     Args:

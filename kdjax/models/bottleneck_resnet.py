@@ -17,7 +17,7 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut, ReLU after the sum.
 
     The stride is that of the 3x3 convolution, as in torchvision; the last has four times as many
-    channels.
+    channels. The sum before its ReLU can be tapped as ``preact``.
     """
 
     features: int
@@ -34,7 +34,9 @@ class Bottleneck(nn.Module):
         if x.shape != y.shape:
             x = conv(_EXPANSION * self.features, 1, stride=self.stride, name="shortcut")(x)
             x = batch_norm(train, name="shortcut_norm")(x)
-        return nn.relu(x + y)
+        x = x + y
+        self.sow("intermediates", "preact", x)
+        return nn.relu(x)
 
 
 class _Stage(nn.Module):
@@ -52,8 +54,9 @@ class _Stage(nn.Module):
 class BottleneckResNet(nn.Module):
     """Residual network of bottleneck blocks.
 
-    Submodules for taps: ``stem``, ``stage1`` ... with ``stage1/block0`` ..., ``pool`` (features
-    [B, 4 * widths[-1]]), ``classifier``. Every stage after the first halves the image.
+    Submodules for taps: ``stem``, ``stage1`` ... with ``stage1/block0`` ... (and the sum before its
+    ReLU, ``stage1/block0/preact``), ``pool`` (features [B, 4 * widths[-1]]), ``classifier``. Every
+    stage after the first halves the image.
 
     Args:
         num_classes: Width of the logits, at least 1.

@@ -14,7 +14,8 @@ from kdjax.models._layers import ConvNormRelu, GlobalAveragePool, batch_norm, co
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, ReLU after the sum.
 
-    The shortcut is a 1x1 convolution with batch norm where the shape changes (option B).
+    The shortcut is a 1x1 convolution with batch norm where the shape changes (option B). The sum
+    before its ReLU can be tapped as ``preact``.
     """
 
     features: int
@@ -29,7 +30,9 @@ class BasicBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.features:
             x = conv(self.features, 1, stride=self.stride, name="shortcut")(x)
             x = batch_norm(train, name="shortcut_norm")(x)
-        return nn.relu(x + y)
+        x = x + y
+        self.sow("intermediates", "preact", x)
+        return nn.relu(x)
 
 
 class _Stage(nn.Module):
@@ -59,8 +62,9 @@ class _ImageNetStem(nn.Module):
 class ResNet(nn.Module):
     """Residual network of basic blocks.
 
-    Submodules for taps: ``stem``, ``stage1`` ... with ``stage1/block0`` ..., ``pool`` (features
-    [B, widths[-1]]), ``classifier``. Every stage after the first halves the image.
+    Submodules for taps: ``stem``, ``stage1`` ... with ``stage1/block0`` ... (and the sum before its
+    ReLU, ``stage1/block0/preact``), ``pool`` (features [B, widths[-1]]), ``classifier``. Every
+    stage after the first halves the image.
 
     Args:
         num_classes: Width of the logits, at least 1.

@@ -59,6 +59,7 @@ class GroupBlock(nn.Module):
     """V1: grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; added to the input.
 
     With stride 2 the input is averaged and put beside the result, which has the channels missing.
+    What the last ReLU gets can be tapped as ``preact``.
     """
 
     features: int
@@ -77,15 +78,19 @@ class GroupBlock(nn.Module):
         y = _conv(features, groups=self.groups, name="conv3")(y)
         y = batch_norm(train, name="norm3")(y)
         if self.stride == 1:
-            return nn.relu(x + y)
-        x = nn.avg_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        return nn.relu(jnp.concatenate([y, x], axis=-1))
+            x = x + y
+        else:
+            x = nn.avg_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = jnp.concatenate([y, x], axis=-1)
+        self.sow("intermediates", "preact", x)
+        return nn.relu(x)
 
 
 class SplitBlock(nn.Module):
     """V2: half of the channels pass, the others go through 1x1, depthwise 3x3, 1x1; shuffle.
 
-    With stride 2 both halves start from all channels, and the first one is convolved too.
+    With stride 2 both halves start from all channels, and the first one is convolved too. Both
+    halves before the shuffle, the second without its ReLU, can be tapped as ``preact``.
     """
 
     features: int
@@ -102,8 +107,9 @@ class SplitBlock(nn.Module):
             kept = nn.relu(batch_norm(train, name="skip_norm2")(kept))
         y = nn.relu(batch_norm(train, name="norm1")(_conv(half, name="conv1")(x)))
         y = batch_norm(train, name="norm2")(_depthwise(half, self.stride, name="conv2")(y))
-        y = nn.relu(batch_norm(train, name="norm3")(_conv(half, name="conv3")(y)))
-        return shuffle(jnp.concatenate([kept, y], axis=-1), 2)
+        y = batch_norm(train, name="norm3")(_conv(half, name="conv3")(y))
+        self.sow("intermediates", "preact", jnp.concatenate([kept, y], axis=-1))
+        return shuffle(jnp.concatenate([kept, nn.relu(y)], axis=-1), 2)
 
 
 class _Stage(nn.Module):
@@ -125,9 +131,9 @@ class _Stage(nn.Module):
 class ShuffleNet(nn.Module):
     """ShuffleNet V1 (with ``groups``) or V2 (without), for images of 32 pixels.
 
-    Submodules for taps: ``stem``, ``stage1`` ... ``stage3`` with ``stage1/block0`` ..., in V2
-    ``last`` (1x1 convolution), ``pool`` (the features [B, D]), ``classifier``. Every stage halves
-    the image.
+    Submodules for taps: ``stem``, ``stage1`` ... ``stage3`` with ``stage1/block0`` ... (and what is
+    before its last ReLU, ``stage1/block0/preact``), in V2 ``last`` (1x1 convolution), ``pool`` (the
+    features [B, D]), ``classifier``. Every stage halves the image.
 
     Args:
         num_classes: Width of the logits, at least 1.
