@@ -33,28 +33,49 @@ its code, RepDistiller. Nothing here has been run to the end yet.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from _recipes import Outcome, Published, Run, Steps, cut, head, parser, rows, trained
+from _cifar100 import (
+    GENTLE,
+    MEAN,
+    NETWORKS,
+    STD,
+    Training,
+    add_options,
+    alone,
+    augmentation,
+    fit,
+    fit_teacher,
+    model_of,
+    optimizer_of,
+    pair_of,
+    rate_of,
+    training_of,
+)
+from _recipes import Outcome, Published, head, parser, rows
 
 import kdjax as kd
 from kdjax.methods import projector_distillation
 
-MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-EPOCHS, DROPS, BATCH = 240, (150, 180, 210), 64
-MOMENTUM, WEIGHT_DECAY, TEMPERATURE, ALPHA, HIDDEN = 0.9, 5e-4, 4.0, 4.0, (1024,)
+__all__ = [
+    "GENTLE",
+    "MEAN",
+    "NETWORKS",
+    "STD",
+    "TABLES",
+    "Training",
+    "main",
+    "method_of",
+    "model_of",
+    "optimizer_of",
+    "published",
+    "rate_of",
+]
+
+TEMPERATURE, ALPHA, HIDDEN = 4.0, 4.0, (1024,)
 METHODS = ("none", "kd", "projector")
-NETWORKS = kd.models.BY_NAME
-# Students that are trained from a learning rate of 0.01.
-GENTLE = ("mobilenetv2", "shufflev1", "shufflev2")
 # teacher, student, KD as RepDistiller has them; teacher, student, projector as Table 6.4.
 TABLES = {
     "wrn_40_2-wrn_16_2": ((75.61, 73.26, 74.92), (76.46, 73.64, 76.14)),
@@ -76,31 +97,6 @@ PLAIN, THESIS = "RepDistiller, plain", "Table 6.4"
 QUICK = {"epochs": 3, "rows": 320}
 
 
-class Training(NamedTuple):
-    """What is the same for the teacher and every student.
-
-    Attributes:
-      dataset: with the splits train and test, in memory.
-      epochs: passes; the drops move with them.
-      batch_size: rows of an update.
-      steps: of an epoch.
-      dtype: of forward passes.
-      save_every: epochs between checkpoints.
-    """
-
-    dataset: kd.data.Dataset
-    epochs: int
-    batch_size: int
-    steps: Steps
-    dtype: str
-    save_every: int
-
-    @property
-    def drops(self) -> tuple[float, ...]:
-        """Epochs after which the learning rate drops."""
-        return tuple(drop * self.epochs / EPOCHS for drop in DROPS)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is missing of a row and prints it."""
     options = _parser().parse_args(argv)
@@ -109,27 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if options.quick:
         vars(options).update(QUICK)
-    teacher_name, student_name = _pair(options.pair)
-    dataset = load(options.data, options.data_dir, options.rows)
-    training = Training(
-        dataset,
-        options.epochs,
-        options.batch_size,
-        cut(
-            dataset.size("train"),
-            options.batch_size,
-            devices=options.devices,
-            per_call=options.steps_per_call,
-        ),
-        options.dtype,
-        options.save_every or 10,
-    )
-    print(f"{dataset.name}: {training.steps}", file=sys.stderr)
+    teacher_name, student_name = pair_of(options.pair)
+    training = training_of(options)
     teacher, frozen, known = None, None, None
     found = published(options.pair)
     if options.method != "none":
         folder = options.teacher or options.out / "teachers" / teacher_name
-        teacher = model_of(teacher_name, dataset.num_classes, options.dtype)
+        teacher = model_of(teacher_name, training.dataset.num_classes, options.dtype)
         outcome = fit_teacher(training, teacher_name, folder)
         frozen, known = outcome.variables, [teacher_name, outcome.accuracy[-1]]
         print(head())
@@ -146,72 +128,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> Any:
     found = parser(__doc__, out=Path("runs/projector_cifar100"))
+    add_options(found)
     add = found.add_argument
-    add("--pair", default="resnet32x4-resnet8x4", help="TEACHER-STUDENT; --list names the rows")
     add("--list", action="store_true", help="the published pairs")
     add("--method", choices=METHODS, default="projector", help="default: projector")
-    add("--data", default="tfds:cifar100", help="tfds:NAME or PATH.npz (default: tfds:cifar100)")
-    add("--epochs", type=int, default=EPOCHS, help=f"default {EPOCHS}; the drops move with it")
-    add("--batch-size", type=int, default=BATCH, help=f"default {BATCH}")
-    add("--learning-rate", type=float, help="of the student (default: the recipe's)")
-    add("--steps-per-call", type=int, help="updates in one dispatch (default: chosen)")
-    add("--rows", type=int, help="only the first rows of each split, for a trial")
     return found
-
-
-def _pair(name: str) -> tuple[str, str]:
-    names = name.split("-")
-    if len(names) != 2 or not all(one in NETWORKS for one in names):
-        raise SystemExit(
-            f"--pair must be TEACHER-STUDENT of {', '.join(sorted(NETWORKS))}, got {name!r}."
-        )
-    return names[0], names[1]
-
-
-def load(data: str, data_dir: str | None, rows: int | None) -> kd.data.Dataset:
-    """The splits train and test in memory: decoding them anew in each epoch would take longest."""
-    if data.startswith("tfds:"):
-        source = kd.data.tfds(data.removeprefix("tfds:"), data_dir, validation=0)
-    else:
-        source = kd.data.npz(data, validation=0)
-    splits = {}
-    for name in ("train", "test"):
-        size = source.size(name)
-        part = source.read(name, np.arange(min(rows or size, size)), raw=True)
-        splits[name] = {key: part[key] for key in ("image", "label")}
-    return kd.data.arrays(splits, num_classes=source.num_classes, name=source.name)
-
-
-def _normalized(batch: Mapping[str, Any]) -> jax.Array:
-    return kd.augment.normalize(batch["image"], MEAN, STD)
-
-
-# Kept, so that the programs compiled for a Model are found again.
-@functools.lru_cache(maxsize=8)
-def model_of(name: str, num_classes: int, dtype: str) -> kd.Model:
-    """A network that normalises images itself and taps what its classifier reads."""
-    return kd.from_linen(
-        NETWORKS[name](num_classes),
-        taps={"feat": "pool"},
-        dtype=None if dtype == "float32" else jnp.dtype(dtype),
-        inputs=_normalized,
-    )
-
-
-def augmentation() -> Callable[..., Any]:
-    """Random crops and flips, drawn from the step's key and each image's index."""
-    crop = functools.partial(kd.augment.random_crop, padding=4)
-    return kd.augment.compose(crop, kd.augment.random_flip)
 
 
 def method_of(
     name: str, student: kd.Model, teacher: kd.Model | None, feature_weight: float
 ) -> kd.Method:
     """What is minimised."""
-    hard, augment = kd.terms.hard_labels(), augmentation()
     if name == "none" or teacher is None:
-        return kd.distill(student, None, {"hard": (1.0, hard)}, augment=augment)
+        return alone(student)
+    augment = augmentation()
     if name == "kd":
+        hard = kd.terms.hard_labels()
         soft = kd.terms.soft_labels(temperature=TEMPERATURE)
         return kd.distill(
             student, teacher, {"hard": (0.1, hard), "soft": (0.9, soft)}, augment=augment
@@ -224,29 +156,6 @@ def method_of(
         alpha=ALPHA,
         augment=augment,
     )
-
-
-def optimizer_of(training: Training, learning_rate: float) -> optax.GradientTransformation:
-    """SGD with the recipe's drops."""
-    return projector_distillation.cifar100_optimizer(
-        steps_per_epoch=training.steps.per_epoch,
-        learning_rate=learning_rate,
-        drops=training.drops,
-        weight_decay=WEIGHT_DECAY,
-        momentum=MOMENTUM,
-    )
-
-
-def rate_of(student: str) -> float:
-    """The recipe's learning rate of a network."""
-    return 0.01 if student in GENTLE else 0.05
-
-
-def fit_teacher(training: Training, name: str, folder: Path) -> Outcome:
-    """The teacher, trained by the plain recipe from seed 0, or read."""
-    model = model_of(name, training.dataset.num_classes, training.dtype)
-    method = method_of("none", model, None, 0.0)
-    return _fit(training, model, method, None, 0, rate_of(name), folder, {"network": name})
 
 
 def fit_student(
@@ -268,49 +177,7 @@ def fit_student(
     if options.method == "projector":
         about |= {"feature_weight": options.feature_weight, "hidden": HIDDEN, "alpha": ALPHA}
     folder = options.out / row / f"seed-{seed}"
-    return _fit(training, model, method, frozen, seed, rate, folder, about)
-
-
-def _fit(
-    training: Training,
-    model: kd.Model,
-    method: kd.Method,
-    frozen: Any,
-    seed: int,
-    rate: float,
-    folder: Path,
-    about: Mapping[str, Any],
-) -> Outcome:
-    steps, size = training.steps, training.batch_size
-    data = training.dataset.batches("train", size, seed=seed, last=steps.last, raw=True)
-    recipe = {
-        **about,
-        "seed": seed,
-        "epochs": training.epochs,
-        "batch_size": size,
-        "steps_per_epoch": steps.per_epoch,
-        "learning_rate": rate,
-        "drop_steps": [round(drop * steps.per_epoch) for drop in training.drops],
-        "momentum": MOMENTUM,
-        "weight_decay": WEIGHT_DECAY,
-        "dtype": training.dtype,
-        "data": data.describe()["fingerprint"],
-    }
-    return trained(
-        Run(
-            folder=folder,
-            learner=kd.minimize(method, optimizer_of(training, rate)),
-            model=model,
-            data=data,
-            test=training.dataset.once("test", 8 * size, raw=True),
-            frozen=frozen,
-            epochs=training.epochs,
-            steps=steps,
-            seed=seed,
-            save_every=training.save_every,
-            recipe=recipe,
-        )
-    )
+    return fit(training, model, method, frozen, seed, rate, folder, about)
 
 
 def published(pair: str) -> dict[str, list[Published]]:
