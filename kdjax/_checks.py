@@ -51,6 +51,11 @@ def as_array(name: str, x: Any) -> jax.Array:
     """Returns ``x`` as a jax array, or says that it can't be one."""
     if x is None or isinstance(x, (str, bytes, Mapping)):
         raise TypeError(f"{name} must be an array, got {describe(x)}.")
+    if isinstance(x, (tuple, list)) and any(getattr(one, "ndim", 0) for one in x):
+        raise TypeError(
+            f"{name} must be one array, got a {type(x).__name__} of {len(x)} (a tap with * gives "
+            "several: name one)."
+        )
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:

@@ -45,6 +45,12 @@ def part_of(
     if values.size == 0:
         raise ValueError(f"batch must have examples, got none: the term {name!r} is empty.")
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    rows = _rows(batch)
+    if values.ndim and rows is not None and values.shape[0] != rows:
+        raise ValueError(
+            f"the term {name!r} must return a value for each of the {rows} examples, got "
+            f"{_checks.describe(values)}; a loss of the whole batch is a Term with coupled=True."
+        )
     if values.ndim == 0:
         if axis_name is not None:
             raise ValueError(
@@ -62,6 +68,12 @@ def part_of(
     weights = _spread(name, weights, values)
     # The value of a row that doesn't count may be anything, also NaN.
     return Part(weight, jnp.where(weights > 0, values * weights, 0).sum(), weights.sum())
+
+
+def _rows(batch: Batch) -> int | None:
+    """How many examples a batch has, where its entries agree on it."""
+    found = {x.shape[0] for x in jax.tree.leaves(dict(batch)) if getattr(x, "ndim", 0)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _spread(name: str, weights: Any, values: jax.Array) -> jax.Array:

@@ -119,6 +119,12 @@ def verdict(found: language.Report) -> str:
     )
     way = "lowers" if gain.mean > 0 else "raises"
     share = 100 * abs(math.expm1(-gain.mean))
+    if share < 0.05:
+        return (
+            f"Beside the same text the teacher makes no difference to the student's perplexity "
+            f"({distilled.mean:.3g}); without a single label the student comes to {free.mean:.3g}, "
+            f"the teacher is at {found.row('teacher').figure.mean:.3g}{_guessing(found)}."
+        )
     return (
         f"Beside the same text the teacher {way} the student's perplexity by {share:.1f} % "
         f"({alone.mean:.3g} to {distilled.mean:.3g}{_doubt(gain)}); without a single label the "

@@ -182,7 +182,7 @@ def singular_vectors(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     wide = rows < columns
     # The smaller of the two Gram matrices has the same eigenvalues.
     gram = jnp.einsum("bnc,bmc->bnm" if wide else "bnc,bnd->bcd", x0, x0, precision=_EXACT)
-    squares, vectors = jnp.linalg.eigh(gram)
+    squares, vectors = _eigh(gram)
     squares, vectors = squares[:, ::-1], vectors[:, :, ::-1]
     largest = jnp.maximum(squares[:, :1], 0)
     # What rounding leaves of an eigenvalue of 0, and of the difference of equal ones.
@@ -211,6 +211,18 @@ def singular_vectors(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     # Adds 0 to the value, and the derivative.
     first = first + (moved - jax.lax.stop_gradient(moved))
     return first, values / jnp.where(length == 0, 1, length)
+
+
+def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of a batch of matrices.
+
+    jaxlib's batched decomposition on CPU waits for other threads of the pool that it runs in. Where
+    several run at once in a small pool, as of these stages, all would wait for ever; one matrix at
+    a time needs no other thread.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda one: tuple(jnp.linalg.eigh(one)), gram)
+    return tuple(jnp.linalg.eigh(gram))
 
 
 def signed(vectors: jax.Array) -> jax.Array:

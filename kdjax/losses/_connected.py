@@ -166,6 +166,7 @@ def activation_boundary(
     student, teacher, mask = pair(student, teacher, where, maps=False)
     margin = hyperparameter("margin", margin, student.dtype, low=0)
     short = jax.nn.relu(jnp.where(teacher > 0, margin - student, student + margin))
+    short = jnp.where(jnp.isnan(teacher), jnp.nan, short)  # it has no sign
     return select(jnp.sum(short**2, axis=tuple(range(1, student.ndim))), mask)
 
 

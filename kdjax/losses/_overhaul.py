@@ -60,8 +60,7 @@ def hierarchical_context(
     """
     student, teacher, mask = map_pair(student, teacher, where)
     _checks.same_shape("teacher", teacher, "student", student)
-    used = [_checks.count("levels", level) for level in levels]
-    used = [level for level in used if level < min(student.shape[1:3])]
+    used = [level for level in checked_levels(levels) if level < min(student.shape[1:3])]
     difference = student - teacher
     value = jnp.mean(difference**2, axis=(1, 2, 3))
     for j, level in enumerate(used, 1):
@@ -169,10 +168,17 @@ def ofd(
     _checks.shape("margin", margin, student.shape[-1:], "(one per channel)")
     teacher = resize_mean(teacher, (student.shape[1], student.shape[2]))
     m = jax.lax.stop_gradient(margin).astype(student.dtype)[None, None, None]
-    target = jnp.where(teacher > m, teacher, m)
+    target = jnp.where(teacher <= m, m, teacher)  # NaN is passed on
     dropped = (teacher <= 0) & (student <= target)
     value = jnp.sum(jnp.where(dropped, 0, (student - target) ** 2), axis=(1, 2, 3))
     return select(value, mask)
+
+
+def checked_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    """Sides of pooled maps."""
+    if not isinstance(levels, Sequence) or isinstance(levels, str):
+        raise TypeError(f"levels must be a sequence of integers, got {_checks.describe(levels)}.")
+    return tuple(_checks.count("levels", level) for level in levels)
 
 
 def map_pair(

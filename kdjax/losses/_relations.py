@@ -154,7 +154,8 @@ def rkd_distance(
         sizes = jnp.sum(own**2, axis=1)[:, None] + jnp.sum(every**2, axis=1)[None]
         squares = sizes - 2 * _dot(own, every.T)
         rounding = 16 * jnp.finfo(squares.dtype).eps * sizes
-        apart = pairs & (squares > jnp.maximum(eps, jax.lax.stop_gradient(rounding)))
+        # NaN is passed on.
+        apart = pairs & ~(squares <= jnp.maximum(eps, jax.lax.stop_gradient(rounding)))
         squares = jnp.where(apart, squares, eps)
         distances = jnp.where(pairs, squares if squared else jnp.sqrt(squares), 0)
         mean = both.total(jnp.sum(distances)) / number

@@ -27,5 +27,8 @@ def resize_mean(x: jax.Array, size: tuple[int, int]) -> jax.Array:
         place = jnp.arange(found)
         inside = (place[None] >= start[:, None]) & (place[None] < stop[:, None])
         weights = inside / inside.sum(axis=1, keepdims=True)
-        x = jnp.moveaxis(jnp.tensordot(weights.astype(x.dtype), x, (1, axis)), 0, axis)
+        # Accelerators multiply float32 in fewer digits unless they are told.
+        exact = jax.lax.Precision.HIGHEST
+        pooled = jnp.tensordot(weights.astype(x.dtype), x, (1, axis), precision=exact)
+        x = jnp.moveaxis(pooled, 0, axis)
     return x

@@ -74,7 +74,7 @@ def chain(
         raise TypeError(
             f"key must be a typed key such as jax.random.key(0), got {_checks.describe(key)}."
         )
-    done: list[tuple[Tree, Tree]] = [] if given is None else [pair_of(given)]
+    done: list[tuple[Tree, Tree]] = [] if given is None else [_student("given must be", given)]
     for number in range(len(done), len(models)):
         first = 0 if dense else max(number - 1, 0)
         teachers, known = tuple(models[first:number]), done[first:number]
@@ -87,7 +87,7 @@ def chain(
             frozen,
             jax.random.fold_in(key, number),
         )
-        done.append(_student(train(link)))
+        done.append(_student("train must return", train(link)))
     return done
 
 
@@ -123,13 +123,13 @@ def rest(share: Number) -> Number | Schedule:
     return (lambda step: 1 - at(share, step)) if callable(share) else 1 - share
 
 
-def _student(trained: Any) -> tuple[Tree, Tree]:
+def _student(wanted: str, trained: Any) -> tuple[Tree, Tree]:
     if isinstance(trained, State):
         return trained.params["student"], trained.extra["student"]
     try:
         return pair_of(trained)
     except ValueError:
         raise TypeError(
-            "train must return a State or the variables (params, extra) of its student, got "
+            f"{wanted} a State or the variables (params, extra) of its student, got "
             f"{_checks.describe(trained)}."
         ) from None

@@ -56,7 +56,7 @@ def born_again(
       augment: ``(key, batch) -> batch`` inside the update.
       make: ``(student, teachers) -> Method`` in the place of hard and soft labels; ``teachers`` is
         empty for generation 0.
-      given: variables of generation 0, if it is trained already.
+      given: variables of generation 0, or its State, if it is trained already.
 
     Returns:
       ``(params, extra)`` of every generation, from 0: ``generations + 1`` of them.

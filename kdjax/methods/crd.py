@@ -35,7 +35,7 @@ from kdjax.losses._contrastive import nce
 from kdjax.losses._relations import gathered, unit
 from kdjax.terms._connectors import counted, linear
 from kdjax.terms._outputs import Number, at, checked
-from kdjax.terms._relations import Pool, embedding_init, vectors
+from kdjax.terms._relations import Pool, checked_pools, embedding_init, vectors
 
 __all__ = ["crd"]
 
@@ -148,6 +148,7 @@ def crd(
     checked("weight", weight)
     checked("temperature", temperature, above=0)
     checked("momentum", momentum, low=0, high=1)
+    checked_pools(student_pool, teacher_pool)
     classes = None if labels is None else _classes(labels, examples)
     # The base sees the outputs that the teacher gave already, and hands on the student's.
     base = distill(_recorded(student), Model(teacher.init, _handed, whole_batch), terms)
@@ -278,7 +279,8 @@ def _new_banks(key: jax.Array, examples: int, features: int, classes: Tree | Non
 
 def _classes(labels: ArrayLike, examples: int) -> dict[str, np.ndarray]:
     """Examples in the order of their classes, and where each class starts."""
-    found = np.asarray(_checks.integer("labels", labels, ndim=1))
+    _checks.integer("labels", labels, ndim=1)
+    found = np.asarray(labels)  # as given: in a trace a check hands back a tracer
     _checks.shape("labels", found, (examples,), "(one per example)")
     if found.min() < 0:
         raise ValueError(f"labels must be classes from 0, got {found.min()}.")

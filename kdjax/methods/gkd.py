@@ -79,7 +79,7 @@ def gkd(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kdjax as kd
-      >>> from kdjax.lm._sampler import sampler
+      >>> from kdjax.lm import sampler
       >>> config = kd.lm.GPT2Config(
       ...     vocab_size=50, hidden_size=8, num_layers=2, num_heads=2, hidden_dropout=0.0,
       ...     embedding_dropout=0.0, attention_dropout=0.0,

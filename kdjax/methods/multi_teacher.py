@@ -81,6 +81,10 @@ def multi_teacher(
       Array([0.5, 0.5], dtype=float32)
       >>> state, metrics = jax.jit(learner.update)(state, batch, frozen)
     """
+    if isinstance(teachers, Model) or not isinstance(teachers, Sequence):
+        raise TypeError(
+            f"teachers must be a sequence of kdjax.Model, got {_checks.describe(teachers)}."
+        )
     soft = mixture(temperature=4.0) if soft is None else soft
     pairs = {"hard": (hard_weight, terms.hard_labels()), "soft": (soft_weight, soft)}
     return distill(student, ensemble(teachers), pairs, augment=augment)
@@ -286,6 +290,8 @@ def _teachers(outputs: Outputs) -> jax.Array:
             "teacher must be made by kdjax.ensemble, which has the logits of each of its models "
             f"as '0/logits', ...; its outputs are {', '.join(sorted(outputs)) or 'none'}."
         )
+    for i, one in enumerate(found[1:], 1):
+        _checks.same_shape(f"logits of teacher {i}", one, "teacher 0", found[0])
     return jnp.stack(found)
 
 

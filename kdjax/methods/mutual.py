@@ -263,12 +263,16 @@ def _all(models: Mapping[str, Model], variables: Any) -> tuple[Tree, Tree]:
     if isinstance(variables, State):
         params, extra = variables.params.get("student"), variables.extra.get("student")
     else:
-        params, extra = pair_of(variables)
+        try:
+            params, extra = pair_of(variables)
+        except ValueError:
+            params = extra = None
     for found in (params, extra):
         if not isinstance(found, Mapping) or set(found) != set(models):
             raise ValueError(
                 f"variables must be those of {len(models)} students that were trained together, "
-                "a State or (params, extra) with an entry for each."
+                "a State or (params, extra) with an entry for each, got "
+                f"{_checks.describe(variables)}."
             )
     return params, extra
 

@@ -20,7 +20,7 @@ from kdjax import _checks
 from kdjax._pairs import Batch, Method, Model, Outputs, Part, Schedule, State, Tree
 from kdjax._parts import accuracy_of, finite_padding
 from kdjax._teachers import check_variables, teach
-from kdjax.core import from_parts
+from kdjax.core import check_model, from_parts
 from kdjax.losses._spatial import blank_rows, resize_mean
 from kdjax.terms import at
 from kdjax.terms._connectors import conv, conv_init, counted, maps, mean_of_batch, norm_init
@@ -73,6 +73,7 @@ def simkd(
       still moves it). The published code also trains it with weight 0.
 
     Raises:
+      TypeError: a model is no `Model`, or ``augment`` no function.
       ValueError: ``factor`` doesn't divide the teacher's channels; outputs that are no maps, or a
         head that doesn't fit them.
 
@@ -87,9 +88,15 @@ def simkd(
     Reference:
       Chen et al., CVPR 2022, equation 2 and figure 2.
     """
+    check_model("student", student)
+    check_model("teacher", teacher)
     factor = _checks.count("factor", factor)
     if not callable(feature_weight):
         _checks.number("feature_weight", feature_weight)
+    if augment is not None and not callable(augment):
+        raise TypeError(
+            f"augment must be a function (key, batch) -> batch, got {_checks.describe(augment)}."
+        )
 
     def init(key: jax.Array, batch: Batch, frozen: Tree = None) -> tuple[Tree, Tree]:
         student_key, projector_key = jax.random.split(key)
@@ -172,7 +179,9 @@ def deploy(
 
     Returns:
       The Model and its variables ``(params, extra)``, with ``params`` of ``student``, ``projector``
-      and ``head``. They are evaluated, saved and taken for a teacher like those of any other. Its
+      and ``head``. They are evaluated and taken for a teacher like those of any other. From a run's
+      folder: ``state = kdjax.train.restore(folder, learner.init(key, batch, frozen))``, then deploy
+      (`kdjax.train.load_student` reads the student alone, whose own classifier isn't trained). Its
       outputs are ``logits``, of the teacher's classifier, ``features`` [B, D] that this reads, and
       the student's taps.
 
@@ -188,6 +197,12 @@ def deploy(
     Reference:
       Chen et al., CVPR 2022, section 3.2.
     """
+    if not isinstance(state, State):
+        raise ValueError(
+            "state must be the whole State of simkd (kdjax.train.restore reads it from a "
+            "checkpoint, kdjax.train.load_student only the student in it), got "
+            f"{_checks.describe(state)}."
+        )
     for name, part in (("params", state.params), ("extra", state.extra)):
         if not isinstance(part, Mapping) or not {"student", "projector"} <= set(part):
             raise ValueError(
@@ -265,10 +280,13 @@ def _project(
     for name in sorted(params):
         x = conv(params[name]["conv"], x)
         if train:
-            mean, var = _statistics(x, axis_name, where)
-            moved[name] = {
-                "mean": _MOMENTUM * extra[name]["mean"] + (1 - _MOMENTUM) * mean,
-                "var": _MOMENTUM * extra[name]["var"] + (1 - _MOMENTUM) * var,
+            mean, var, some = _statistics(x, axis_name, where)
+            moved[name] = {  # by a batch with rows that count
+                kind: jnp.where(some, _MOMENTUM * old + (1 - _MOMENTUM) * new, old)
+                for kind, old, new in (
+                    ("mean", extra[name]["mean"], mean),
+                    ("var", extra[name]["var"], var),
+                )
             }
         else:
             mean, var = extra[name]["mean"], extra[name]["var"]
@@ -280,19 +298,19 @@ def _project(
 
 def _statistics(
     x: jax.Array, axis_name: str | None, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance [C] over the rows that count, of all devices."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and biased variance [C] over the rows that count, of all devices; if there are any."""
     rows = jnp.asarray(x.shape[0] if where is None else jnp.sum(where), x.dtype)
     places = x.shape[1] * x.shape[2]
+    rows = rows if axis_name is None else jax.lax.psum(rows, axis_name)
 
     def mean(values: jax.Array) -> jax.Array:
-        total, count = jnp.sum(blank_rows(values, where), axis=(0, 1, 2)), rows
-        if axis_name is not None:
-            total, count = jax.lax.psum((total, count), axis_name)
-        return total / (jnp.maximum(count, 1) * places)
+        total = jnp.sum(blank_rows(values, where), axis=(0, 1, 2))
+        total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        return total / (jnp.maximum(rows, 1) * places)
 
     centre = mean(x)
-    return centre, mean((x - _wide(centre)) ** 2)
+    return centre, mean((x - _wide(centre)) ** 2), rows > 0
 
 
 def _wide(x: jax.Array) -> jax.Array:

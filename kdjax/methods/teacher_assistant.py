@@ -61,7 +61,7 @@ def teacher_assistant(
       make: ``(student, teachers) -> Method`` in the place of hard and soft labels. For several
         teachers, ``frozen`` is the list that `kdjax.ensemble` takes; the logits of each are then
         outputs ``"<i>/logits"``, as in `kdjax.methods.multi_teacher`.
-      given: variables of the first model, if it is trained already.
+      given: variables of the first model, or its State, if it is trained already.
 
     Returns:
       ``(params, extra)`` of every model, the student's last.

@@ -22,10 +22,11 @@ from kdjax.terms._connectors import (
     maps,
     mean_of_batch,
     norm_init,
+    one_output,
     transposed_conv,
 )
 from kdjax.terms._maps import sum_of
-from kdjax.terms._outputs import Number, at, checked, student_output, teacher_output
+from kdjax.terms._outputs import Number, at, checked
 from kdjax.terms._stages import Taps, checked_scope, statistics_axis, tap_pairs
 
 LEAK = 0.1  # of the leaky ReLUs of translator and paraphraser
@@ -80,14 +81,14 @@ def fitnet(
     checked_scope(scope)
 
     def both(student_out: Outputs, teacher_out: Outputs) -> tuple[jax.Array, jax.Array]:
-        s = student_output(student_out, student_tap)
-        if jnp.ndim(s) != 2:
+        s = one_output("student", student_out, student_tap)
+        if s.ndim != 2:
             return maps("student", student_out, student_tap), maps(
                 "teacher", teacher_out, teacher_tap
             )
         t = _checks.floating(
             f"the teacher's output {teacher_tap!r}",
-            teacher_output(teacher_out, teacher_tap),
+            one_output("teacher", teacher_out, teacher_tap),
             ndim=2,
         )
         return _checks.floating(f"the student's output {student_tap!r}", s), jax.lax.stop_gradient(

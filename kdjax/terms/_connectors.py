@@ -19,8 +19,7 @@ from kdjax.terms._outputs import student_output, teacher_output
 
 def maps(name: str, outputs: Outputs, tap: str) -> jax.Array:
     """A tapped output of "student" or "teacher" that must be feature maps [B, H, W, C]."""
-    found = student_output(outputs, tap) if name == "student" else teacher_output(outputs, tap)
-    found = _checks.floating(f"the {name}'s output {tap!r}", found)
+    found = _checks.floating(f"the {name}'s output {tap!r}", one_output(name, outputs, tap))
     if found.ndim != 4:
         raise ValueError(
             f"the {name}'s output {tap!r} must be feature maps [B, H, W, C], got "
@@ -29,11 +28,23 @@ def maps(name: str, outputs: Outputs, tap: str) -> jax.Array:
     return found if name == "student" else jax.lax.stop_gradient(found)
 
 
+def one_output(name: str, outputs: Outputs, tap: str) -> jax.Array:
+    """A tapped output of "student" or "teacher" that must be one array."""
+    found = student_output(outputs, tap) if name == "student" else teacher_output(outputs, tap)
+    return _checks.as_array(f"the {name}'s output {tap!r}", found)
+
+
 def counted(batch: Batch, *features: jax.Array) -> tuple[Any, ...]:
     """The rows that count [B] (None: all), and features [B, ...] with zeros in all others.
 
     What isn't finite in a row that doesn't count would pass into the gradients of kernels.
     """
+    for x in features[1:]:
+        if x.shape[:1] != features[0].shape[:1]:  # one row would be compared with all
+            raise ValueError(
+                f"outputs that are compared must have equally many examples, {len(features[0])}, "
+                f"got {_checks.describe(x)}."
+            )
     if "weight" not in batch:
         return None, *features
     weight = jnp.asarray(batch["weight"])

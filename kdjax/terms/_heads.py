@@ -19,7 +19,7 @@ from kdjax.terms._connectors import (
     mean_of_batch,
     norm_init,
 )
-from kdjax.terms._outputs import student_output, teacher_output
+from kdjax.terms._outputs import EXPOSE, student_output, teacher_output
 from kdjax.terms._stages import checked_scope, statistics_axis
 
 
@@ -117,7 +117,7 @@ def srrl(
 
 def classifier(teacher_out: Outputs, head: str) -> dict[str, jax.Array]:
     """The parameters of the teacher's classifier, in at least float32 and without gradient."""
-    given = teacher_output(teacher_out, head)
+    given = teacher_output(teacher_out, head, EXPOSE)
     if not isinstance(given, Mapping) or "kernel" not in given:
         raise ValueError(
             f"the teacher's output {head!r} must be a linear layer's parameters, kernel and bias, "

@@ -140,5 +140,6 @@ def same_width(s: Any, t: Any) -> None:
     if s.shape[-1] != t.shape[-1]:
         raise ValueError(
             "the student's hidden states must be as wide as the teacher's without a projection, "
-            f"got {s.shape[-1]} and {t.shape[-1]}: pass project=True."
+            f"got {s.shape[-1]} and {t.shape[-1]}: project=True of kdjax.terms.hidden_states "
+            "projects them, alpha_cos=0 of the methods leaves them out."
         )

@@ -170,13 +170,29 @@ def labelled(label: jax.Array) -> jax.Array:
     return label != -1
 
 
-def student_output(outputs: Outputs, name: str) -> jax.Array:
-    return _checks.entry("the student's outputs", outputs, name, "Name it in the adapter's taps=.")
+_TAPS = "Name it in the adapter's taps=."
+EXPOSE = (
+    "Parameters are handed out by the adapter's expose=, such as expose={'head': 'classifier'} for "
+    "the layer at the path classifier."
+)
 
 
-def teacher_output(outputs: Outputs, name: str) -> jax.Array:
+def student_output(outputs: Outputs, name: str, hint: str = _TAPS) -> jax.Array:
+    _check_tap("student", name)
+    return _checks.entry("the student's outputs", outputs, name, hint)
+
+
+def teacher_output(outputs: Outputs, name: str, hint: str = _TAPS) -> jax.Array:
+    _check_tap("teacher", name)
     if not outputs:
         raise ValueError(
             f"teacher must not be None: a term compares with the teacher's output {name!r}."
         )
-    return _checks.entry("the teacher's outputs", outputs, name, "Name it in the adapter's taps=.")
+    return _checks.entry("the teacher's outputs", outputs, name, hint)
+
+
+def _check_tap(role: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"the {role}'s tap must be the name of one output, got {_checks.describe(name)}."
+        )

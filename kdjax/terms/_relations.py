@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from kdjax import _checks, losses
 from kdjax._pairs import Batch, Outputs, Term, Tree
 from kdjax.losses import _contrastive, _relations
-from kdjax.terms._connectors import counted, linear, linear_init, mean_of_batch
-from kdjax.terms._outputs import Number, at, checked, no_params, student_output, teacher_output
+from kdjax.terms._connectors import counted, linear, linear_init, mean_of_batch, one_output
+from kdjax.terms._outputs import Number, at, checked, no_params
 from kdjax.terms._stages import checked_scope
 
 Pool = Callable[[jax.Array], jax.Array]
@@ -321,12 +321,19 @@ def contrast(
 
 def vectors(name: str, pool: Pool, outputs: Outputs, tap: str) -> jax.Array:
     """The pooled features [B, D] of "student" or "teacher", the latter without gradient."""
-    found = student_output(outputs, tap) if name == "student" else teacher_output(outputs, tap)
-    found = pool(found)
+    found = one_output(name, outputs, tap)
+    found = _checks.floating(f"the pooled {name} features", pool(found))
     if found.ndim != 2:
         raise ValueError(f"{name}_pool must return [B, D], got {_checks.describe(found)}.")
-    found = _checks.floating(f"the pooled {name} features", found)
     return found if name == "student" else jax.lax.stop_gradient(found)
+
+
+def checked_pools(student_pool: Pool, teacher_pool: Pool) -> None:
+    for name, pool in (("student_pool", student_pool), ("teacher_pool", teacher_pool)):
+        if not callable(pool):
+            raise TypeError(
+                f"{name} must be a function from an output to [B, D], got {_checks.describe(pool)}."
+            )
 
 
 def embedding_init(key: jax.Array, s: jax.Array, t: jax.Array, features: int) -> Tree:
@@ -351,6 +358,7 @@ def _related(
 ) -> Term:
     """A coupled Term of a loss of rows, with embeddings of a width if ``features`` is given."""
     checked_scope(scope)
+    checked_pools(student_pool, teacher_pool)
     if features is not None:
         features = _checks.count("features", features)
 

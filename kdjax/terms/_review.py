@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from kdjax import _checks
 from kdjax._pairs import Batch, Outputs, Term, Tree
 from kdjax.losses import _overhaul
-from kdjax.terms._connectors import conv, conv_init, counted, maps, mean_of_batch
-from kdjax.terms._outputs import student_output, teacher_output
+from kdjax.terms._connectors import conv, conv_init, counted, maps, mean_of_batch, one_output
+from kdjax.terms._outputs import EXPOSE, teacher_output
 from kdjax.terms._stages import (
     Taps,
     checked_scope,
@@ -85,7 +85,7 @@ def review_kd(
     scope = checked_scope(scope)
     if features is not None:
         _checks.count("features", features)
-    levels = tuple(_checks.count("levels", level) for level in levels)
+    levels = _overhaul.checked_levels(levels)
 
     def init(key: jax.Array, student_out: Outputs, teacher_out: Outputs) -> Tree:
         students, teachers = _reviewed(pairs, student_out, teacher_out)
@@ -173,7 +173,12 @@ def ofd(
       Distillation", ICCV 2019, equations 1 to 4; stage weights and connectors of its code.
     """
     pairs = tap_pairs(student_taps, teacher_taps)
-    norms = [norms] if isinstance(norms, str) else list(norms)
+    norms = [norms] if isinstance(norms, str) else norms
+    if not (isinstance(norms, Sequence) and all(isinstance(name, str) for name in norms)):
+        raise TypeError(
+            "norms must be the name of an output, or one for each stage, got "
+            f"{_checks.describe(norms)}."
+        )
     if len(norms) != len(pairs):
         raise ValueError(
             f"norms must name as many outputs as teacher_taps, {len(pairs)}, got {len(norms)}."
@@ -261,9 +266,9 @@ def _reviewed(
     """The maps of all stages; pooled features are maps of one position."""
 
     def of(side: str, outputs: Outputs, tap: str) -> jax.Array:
-        found = student_output(outputs, tap) if side == "student" else teacher_output(outputs, tap)
-        if jnp.ndim(found) == 2:
-            outputs = {**outputs, tap: jnp.asarray(found)[:, None, None]}
+        found = one_output(side, outputs, tap)
+        if found.ndim == 2:
+            outputs = {**outputs, tap: found[:, None, None]}
         return maps(side, outputs, tap)
 
     return (
@@ -274,7 +279,7 @@ def _reviewed(
 
 def _norm(teacher_out: Outputs, name: str) -> tuple[jax.Array, jax.Array]:
     """Scale and bias of an exposed batch normalisation."""
-    params = teacher_output(teacher_out, name)
+    params = teacher_output(teacher_out, name, EXPOSE)
     if not isinstance(params, Mapping) or not {"scale", "bias"} <= set(params):
         raise ValueError(
             f"the teacher's output {name!r} must be a batch normalisation's parameters, scale and "

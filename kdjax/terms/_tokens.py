@@ -394,8 +394,8 @@ def _common_vocabulary(
         if s.shape[-1] != t.shape[-1]:
             raise ValueError(
                 "the student's logits must have the teacher's vocabulary, got "
-                f"{s.shape[-1]} and {t.shape[-1]} entries: pass vocab_size= to compare only the "
-                "first ones."
+                f"{s.shape[-1]} and {t.shape[-1]} entries: vocab_size= of "
+                "kdjax.terms.token_divergence and of the fused loss compares only the first ones."
             )
         return s, t
     most = min(s.shape[-1], t.shape[-1])
@@ -405,7 +405,8 @@ def _common_vocabulary(
 
 def _targets(batch: Batch, name: str, real: jax.Array) -> jax.Array:
     """Labels [B, L] with -1 for tokens that are no target."""
-    labels = _checks.integer(f"batch[{name!r}]", _checks.entry("batch", batch, name))
+    hint = "labels='input_ids' takes the tokens themselves."
+    labels = _checks.integer(f"batch[{name!r}]", _checks.entry("batch", batch, name, hint))
     _checks.shape(f"batch[{name!r}]", labels, real.shape, "like the student's tokens")
     if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
         return labels

@@ -184,6 +184,19 @@ def test_negatives_of_other_classes():
     assert np.all(labels[data["negatives"]] != labels[batch()["index"]][:, None])
 
 
+def test_it_can_be_made_in_a_trace():
+    """With a weight that is traced, say; the labels are known all the same."""
+    labels = np.random.default_rng(0).integers(0, 3, EXAMPLES)
+
+    @jax.jit
+    def one(data, weight):
+        return start(make(labels=labels, weight=weight), data)[1].extra["crd"]["classes"]
+
+    wanted = module._classes(labels, EXAMPLES)
+    for name, found in one(batch(), 0.5).items():
+        np.testing.assert_array_equal(found, wanted[name])
+
+
 def test_negatives_belong_to_the_example():
     """Whatever else is in the batch, and new in every step."""
     index = np.array([7, 2, 30, 5])
