@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_images import stripes
 
 import kdjax as kd
 from kdjax import models
@@ -59,21 +60,11 @@ def recipes(scripts):
     return scripts["_recipes"]
 
 
-def pictures(count, height=8, width=8):
-    """Stripes whose place and colour tell the class, in noise."""
-    random = np.random.default_rng(count)
-    labels = np.arange(count) % 6
-    x = random.integers(0, 100, (count, height, width, 3))
-    for i, label in enumerate(labels):
-        x[i, :, 2 * (label % 3) : 2 * (label % 3) + 2, label // 3] += 150
-    return x.astype(np.uint8), labels
-
-
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """48 = 3 * 16 training rows."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    (x_train, y_train), (x_test, y_test) = pictures(48), pictures(12)
+    (x_train, y_train), (x_test, y_test) = stripes(48), stripes(12)
     np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     return path
 
@@ -288,7 +279,7 @@ def test_factor_transfer_is_that_of_the_table(table):
 
 def test_rows_from_the_device_are_the_batch(scripts):
     common = scripts["_cifar100"]
-    x, label = pictures(12)
+    x, label = stripes(12)
     model = common.model_of("mlp_small", 6, "float32")
     learner = kd.minimize(common.alone(model), optax.sgd(0.05))
     data = {"image": jnp.asarray(x), "label": jnp.asarray(label, jnp.int32)}

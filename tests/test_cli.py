@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from tiny_images import noisy_classes
 
 import kdjax as kd
 from kdjax import cli
@@ -29,17 +30,9 @@ TINY = [
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """A file of tiny images of three classes."""
-    draw = np.random.default_rng(0)
-    centres = draw.uniform(40, 200, (3, 6, 6))
-    columns = {}
-    for name, size in (("train", 120), ("test", 45)):
-        labels = np.arange(size) % 3
-        noisy = centres[labels] + 40 * draw.normal(size=(size, 6, 6))
-        columns[f"x_{name}"] = np.clip(noisy, 0, 255).astype(np.uint8)
-        columns[f"y_{name}"] = labels
-    file = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(file, **columns)
-    return file
+    return noisy_classes(
+        tmp_path_factory.mktemp("data"), classes=3, sizes=(120, 45), between=(40, 200), noise=40
+    )
 
 
 @pytest.fixture(scope="module")

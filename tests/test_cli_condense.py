@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+from tiny_images import noisy_classes
 
 from kdjax import cli
 from kdjax.cli import _condense, _condense_options, _condense_show
@@ -33,17 +34,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """A file of tiny images of four classes."""
-    draw = np.random.default_rng(0)
-    centres = draw.uniform(60, 190, (4, 6, 6))
-    columns = {}
-    for name, size in (("train", 80), ("test", 40)):
-        labels = np.arange(size) % 4
-        noisy = centres[labels] + 50 * draw.normal(size=(size, 6, 6))
-        columns[f"x_{name}"] = np.clip(noisy, 0, 255).astype(np.uint8)
-        columns[f"y_{name}"] = labels
-    file = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(file, **columns)
-    return file
+    return noisy_classes(tmp_path_factory.mktemp("data"), sizes=(80, 40))
 
 
 @pytest.fixture(scope="module")

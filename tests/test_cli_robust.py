@@ -7,9 +7,9 @@ import inspect
 import json
 
 import jax
-import numpy as np
 import optax
 import pytest
+from tiny_images import noisy_classes
 
 import kdjax as kd
 from kdjax import cli
@@ -26,17 +26,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """A file of tiny images of four classes."""
-    draw = np.random.default_rng(0)
-    centres = draw.uniform(60, 190, (4, 6, 6))
-    columns = {}
-    for name, size in (("train", 120), ("test", 40)):
-        labels = np.arange(size) % 4
-        noisy = centres[labels] + 50 * draw.normal(size=(size, 6, 6))
-        columns[f"x_{name}"] = np.clip(noisy, 0, 255).astype(np.uint8)
-        columns[f"y_{name}"] = labels
-    file = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(file, **columns)
-    return file
+    return noisy_classes(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_images import stripes
 
 import kdjax as kd
 
@@ -48,21 +49,11 @@ def imagenet(scripts):
     return scripts["projector_imagenet"]
 
 
-def pictures(count, height=8, width=8):
-    """Stripes whose place and colour tell the class, in noise."""
-    random = np.random.default_rng(count)
-    labels = np.arange(count) % 6
-    x = random.integers(0, 100, (count, height, width, 3))
-    for i, label in enumerate(labels):
-        x[i, :, 2 * (label % 3) : 2 * (label % 3) + 2, label // 3] += 150
-    return x.astype(np.uint8), labels
-
-
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     """88 = 5 * 16 + 8 training rows: an epoch has a smaller batch at its end."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    (x_train, y_train), (x_test, y_test) = pictures(88), pictures(36)
+    (x_train, y_train), (x_test, y_test) = stripes(88), stripes(36)
     np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     return path
 
@@ -125,7 +116,7 @@ def test_weight_decay_is_coupled_and_of_everything(cifar, recipes):
 def loss_of(script, name, feature_weight=2.0):
     """Metrics of one loss of tiny perceptrons, and the teacher."""
     student, teacher = (script.model_of(net, 6, "float32") for net in ("mlp_small", "mlp"))
-    x, y = pictures(12)
+    x, y = stripes(12)
     batch = {"image": x, "label": y.astype(np.int32), "index": np.arange(12, dtype=np.int32)}
     method = script.method_of(name, student, teacher, feature_weight)
 
@@ -240,7 +231,7 @@ def test_top_k_counts_ranks(recipes):
 
 
 def test_models_normalise_raw_and_cropped_images_alike(cifar):
-    x, _ = pictures(2)
+    x, _ = stripes(2)
     model = cifar.model_of("mlp_small", 6, "float32")
     raw = np.asarray(model.read({"image": jnp.asarray(x)}))
     wanted = (x / 255 - np.asarray(cifar.MEAN)) / np.asarray(cifar.STD)
@@ -460,7 +451,7 @@ def jpegs(tmp_path_factory):
             return {split: self._generate_examples(split) for split in sizes}
 
         def _generate_examples(self, split):
-            images, labels = pictures(sizes[split], 14, 10)
+            images, labels = stripes(sizes[split], 14, 10)
             for row in range(sizes[split]):
                 image = images[row, : 14 - row % 3]
                 yield row, {"image": encoded(image), "label": labels[row]}
@@ -517,7 +508,7 @@ def test_image_batches_resume_anywhere(batches):
     assert [len(batch["label"]) for batch in unbroken[:7]] == [16] * 5 + [8] + [16]
     assert unbroken[0]["image"].dtype == np.uint8
     assert set(unbroken[0]) == {"image", "label", "index"}
-    _, labels = pictures(88)
+    _, labels = stripes(88)
     for batch in unbroken:
         np.testing.assert_array_equal(batch["label"], labels[batch["index"]])
     first, second = (
